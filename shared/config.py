@@ -1,0 +1,132 @@
+"""Settings: frozen, read once from the environment, and the only reader of it."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shared.errors import SettingsError
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Names of the environment variables are the field names in capitals after LORAD_; times are in seconds."""
+
+    data_dir: Path
+    database_url: str
+    broker_url: str | None
+    """None: the embedded Valkey on a unix socket under `data_dir`."""
+    host: str = "127.0.0.1"
+    port: int = 8321
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    api_threads: int = 32
+    train_slots: int = 1
+    train_tokens: int = 2048
+    generate_slots: int = 32
+    adapter_cache_bytes: int = 1 << 30
+    heartbeat_s: float = 10.0
+    lease_s: float = 60.0
+    sweep_s: float = 10.0
+    checkpoint_s: float = 300.0
+    max_queued_jobs: int = 1000
+    base_url: str = "http://127.0.0.1:8321/v1"
+    """For the client half of the command: where the API is."""
+    api_key: str | None = None
+
+    @property
+    def embedded_broker_socket(self) -> Path:
+        return self.data_dir / "broker" / "valkey.sock"
+
+    @property
+    def resolved_broker_url(self) -> str:
+        """The broker to talk to, as a redis:// , rediss:// or unix:// URL."""
+        return self.broker_url or f"unix://{self.embedded_broker_socket}"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
+        """Settings from LORAD_* variables; raises SettingsError that lists every wrong or unknown one."""
+        return _read(os.environ if env is None else env)
+
+
+def environment_for(settings: Settings, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
+    """An environment for a child process from which `Settings.from_env` reads these same settings."""
+    base = {k: v for k, v in (os.environ if inherited is None else inherited).items() if not k.startswith("LORAD_")}
+    kept = {k: v for k, v in (os.environ if inherited is None else inherited).items() if k in _NOT_SETTINGS}
+    own = {_variable(f): str(getattr(settings, f)) for f in _FIELDS if getattr(settings, f) is not None}
+    return base | kept | own
+
+
+# Read by single modules, not settings: the failpoints of tests.
+_NOT_SETTINGS = frozenset({"LORAD_FAILPOINT"})
+_CHOICES: dict[str, tuple[str, ...]] = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+_POSITIVE_INTS = (
+    "api_threads",
+    "train_slots",
+    "train_tokens",
+    "generate_slots",
+    "adapter_cache_bytes",
+    "max_queued_jobs",
+)
+_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s")
+_TEXTS = ("database_url", "broker_url", "host", "base_url", "api_key")
+_FIELDS = ("data_dir", "port", *_CHOICES, *_POSITIVE_INTS, *_POSITIVE_FLOATS, *_TEXTS)
+
+
+def _variable(field: str) -> str:
+    return f"LORAD_{field.upper()}"
+
+
+def _read(env: Mapping[str, str]) -> Settings:
+    problems: list[str] = []
+    known = {_variable(f) for f in _FIELDS} | _NOT_SETTINGS
+    problems += [f"{name} is not a setting" for name in sorted(env) if name.startswith("LORAD_") and name not in known]
+    given = {f: env[_variable(f)] for f in _FIELDS if env.get(_variable(f))}
+    values: dict[str, object] = {f: given[f] for f in _TEXTS if f in given}
+    for field, choices in _CHOICES.items():
+        if field in given and given[field] not in choices:
+            problems.append(f"{_variable(field)}={given[field]!r}: allowed are {', '.join(choices)}")
+        elif field in given:
+            values[field] = given[field]
+    for field in (*_POSITIVE_INTS, "port"):
+        if field in given:
+            values[field] = _integer(field, given[field], problems)
+    for field in _POSITIVE_FLOATS:
+        if field in given:
+            values[field] = _seconds(field, given[field], problems)
+    if problems:
+        raise SettingsError("; ".join(problems))
+    data_dir = Path(given.get("data_dir", "~/.lorad")).expanduser().absolute()
+    values["data_dir"] = data_dir
+    values.setdefault("database_url", f"sqlite:///{data_dir / 'lorad.db'}")
+    values.setdefault("broker_url", None)
+    settings = Settings(**values)  # type: ignore[arg-type]  # every value was checked above
+    if settings.lease_s < 2 * settings.heartbeat_s:
+        raise SettingsError(
+            f"LORAD_LEASE_S={settings.lease_s:g} must be at least twice LORAD_HEARTBEAT_S={settings.heartbeat_s:g}"
+        )
+    return settings
+
+
+def _integer(field: str, text: str, problems: list[str]) -> int:
+    upper = 65535 if field == "port" else 1 << 62
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= upper):
+        problems.append(f"{_variable(field)}={text!r}: a whole number from 1 to {upper} is needed")
+        return 1
+    return int(text)
+
+
+def _seconds(field: str, text: str, problems: list[str]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e9:
+        problems.append(f"{_variable(field)}={text!r}: a number of seconds above 0 is needed")
+        return 1.0
+    return value

@@ -1,0 +1,144 @@
+"""Values that cross a process border: what to train, what to generate, and the pieces of an answer.
+
+All are frozen, validated on both sides, and refuse unknown fields; JSON in the database and on the broker is
+`model_dump_json()` of these and is read back with `model_validate_json()`.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared import limits
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+TargetPreset = Literal["attention", "mlp", "all-linear"]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)]
+
+
+class LoraSpec(Spec):
+    """Shape of one adapter. The update is s * B A with s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+
+    r: Annotated[int, Field(ge=1, le=limits.MAX_RANK)] = 8
+    alpha: Annotated[float, Field(gt=0, le=limits.MAX_ALPHA)] = 16.0
+    dropout: Annotated[float, Field(ge=0, le=limits.MAX_DROPOUT)] = 0.0
+    target_modules: TargetPreset | Annotated[list[ModuleName], Field(min_length=1, max_length=64)] = [
+        "q_proj",
+        "v_proj",
+    ]
+    use_rslora: bool = False
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+class TrainSpec(Spec):
+    """How one adapter is trained; every value is resolved, nothing is 'auto' any more.
+
+    One optimizer step sees `batch_size` samples. `max_steps` wins over `n_epochs`. Lengths are in tokens.
+    """
+
+    lora: LoraSpec = LoraSpec()
+    seed: Annotated[int, Field(ge=0, le=limits.MAX_SEED)] = 0
+    n_epochs: Annotated[int, Field(ge=1, le=limits.MAX_EPOCHS)] = 3
+    batch_size: Annotated[int, Field(ge=1, le=limits.MAX_BATCH_SIZE)] = 8
+    max_steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
+    learning_rate: Annotated[float, Field(gt=0, le=limits.MAX_LEARNING_RATE)] = 2e-4
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    warmup_steps: Annotated[int, Field(ge=0, le=limits.MAX_STEPS)] = 0
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    max_seq_len: Annotated[int, Field(ge=8, le=limits.MAX_SEQ_LEN)] = 1024
+    train_on: Literal["completion", "all"] = "completion"
+    checkpoint_every: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
+
+
+class Order(StrEnum):
+    """What the ledger tells a trainer about one of its jobs."""
+
+    GO_ON = "go_on"
+    CANCEL = "cancel"
+    PAUSE = "pause"
+    LOST = "lost"  # another owner has the job: stop at once, publish nothing
+
+
+class StepReport(Spec):
+    """One optimizer step of one job. `train_loss` is the mean over the step's label tokens, in nats."""
+
+    step: int
+    total_steps: int
+    train_loss: float
+    learning_rate: float
+    grad_norm: float
+    epoch: float
+    num_tokens: int
+    num_label_tokens: int
+    tokens_per_second: float
+    eta_seconds: float
+
+
+class Message(Spec):
+    """One chat turn; the content is plain text, whatever it holds."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class GenerationRequest(Spec):
+    """One answer to make. Exactly one of `messages` (chat) and `prompt` (raw, may hold special tokens) is set.
+
+    `adapter_version_id` None means the bare base model. `deadline_unix_s` is wall time after which nobody listens.
+    """
+
+    request_id: str
+    base_model_id: str
+    adapter_version_id: str | None
+    messages: list[Message] | None = None
+    prompt: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    seed: int | None = None
+    stop: Annotated[list[str], Field(max_length=limits.MAX_STOP_STRINGS)] = []
+    deadline_unix_s: float
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "GenerationRequest":
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("exactly one of messages and prompt must be set")
+        return self
+
+
+class Usage(Spec):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class ChunkError(Spec):
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Chunk(Spec):
+    """A piece of an answer. The last chunk of a request has `finish_reason` and `usage`, or `error`; no other has.
+
+    The first chunk may have empty text: it says that the request was accepted and its prompt read.
+    `fingerprint` is a digest over base and adapter weights.
+    """
+
+    text: str = ""
+    finish_reason: Literal["stop", "length"] | None = None
+    usage: Usage | None = None
+    fingerprint: str | None = None
+    error: ChunkError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
