@@ -1,0 +1,158 @@
+"""Attention over packed token streams, as Transformers' attention implementation "lorad".
+
+Shapes: B rows, H query heads, G key-value heads, Q query tokens, K key tokens, D head width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import Any, Final
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME: Final = "lorad"
+"""What to give a model as `attn_implementation`; importing this module registers it."""
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Where the segments of the current packed stream begin and end, and the window masks made for them so far."""
+
+    bounds: tuple[int, ...]
+    window_masks: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def window_mask(self, length: int, window: int, device: torch.device) -> torch.Tensor:
+        """(Q, K) booleans, True where a query may look; every layer of one forward shares it."""
+        key = (length, window, device)
+        if key not in self.window_masks:
+            behind_QK = _tokens_behind(length, length, device)
+            self.window_masks[key] = (behind_QK >= 0) & (behind_QK < window)
+        return self.window_masks[key]
+
+
+# A context variable: each thread has its own, so the engines of one process do not see each other's packing.
+_packing: ContextVar[_Packing | None] = ContextVar("lorad_packing", default=None)
+
+
+@contextmanager
+def packed_segments(lengths: Sequence[int]) -> Iterator[None]:
+    """Inside, a forward over one row of `sum(lengths)` tokens treats it as `len(lengths)` sequences laid end to end.
+
+    A token attends causally inside its own segment and never outside of it, as if each segment had been a forward of
+    its own; the model's sliding window, logit soft cap, scaling and grouped heads hold inside each segment. The caller
+    gives `position_ids` that restart at 0 at each segment, no `attention_mask`, and `use_cache=False`.
+
+    Holds for the current thread only; leaving restores the packing that was there before. The backward pass may come
+    after leaving, unless it recomputes activations: that runs the forward again.
+    """
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"segments of at least one token are needed, not {list(lengths)}")
+    token = _packing.set(_Packing(bounds=(0, *accumulate(lengths))))
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(cap(scaling q k^T) + mask) v, with cap(x) = softcap tanh(x / softcap) where the model asks for it.
+
+    Shapes: query (B, H, Q, D), key and value (B, G, K, D), mask (B or 1, 1, Q, K), result (B, Q, H, D).
+    A mask is boolean, True where a query may look, or is added to the scores.
+    """
+    packing = _packing.get()
+    if packing is None:
+        return _attend(module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap), None
+    if attention_mask is not None:
+        raise ValueError("a packed stream takes no attention mask: its segments are the mask")
+    if not query.shape[2] == key.shape[2] == packing.bounds[-1] or query.shape[0] != 1:
+        raise ValueError(
+            f"the segments cover one row of {packing.bounds[-1]} tokens; "
+            f"there are {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
+        )
+    parts = []
+    for start, end in pairwise(packing.bounds):
+        mask_QK = None
+        if sliding_window is not None and end - start > sliding_window:
+            mask_QK = packing.window_mask(end - start, sliding_window, query.device)[None, None]
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        parts.append(_attend(module, q, k, v, mask_QK, dropout, scaling, True, softcap))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attention of every query over every key that `mask` allows; without a mask, causally. Result (B, Q, H, D)."""
+    if softcap is not None:
+        return _attend_softcapped(query, key, value, mask, dropout, scaling, is_causal is not False, softcap)
+    output, _ = _sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
+    return output  # type: ignore[no-any-return]  # transformers ships no types
+
+
+def _attend_softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool,
+    softcap: float,
+) -> torch.Tensor:
+    """The same step by step, since torch's fused attention has no soft cap. Source: Gemma 2, arXiv:2408.00118, sec. 2."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores_BHQK = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores_BHQK = softcap * torch.tanh(scores_BHQK / softcap)
+    if mask is None and is_causal and query.shape[2] > 1:
+        mask = _tokens_behind(query.shape[2], key.shape[2], query.device) >= 0
+    if mask is not None:
+        lowest = torch.finfo(scores_BHQK.dtype).min
+        scores_BHQK = scores_BHQK.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores_BHQK + mask
+    weights_BHQK = torch.softmax(scores_BHQK, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights_BHQK = torch.nn.functional.dropout(weights_BHQK, p=dropout, training=dropout > 0)
+    return (weights_BHQK @ value).transpose(1, 2).contiguous()
+
+
+def _tokens_behind(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """(Q, K): how many tokens each key lies behind each query, both counted from the start; negative is the future."""
+    return torch.arange(num_queries, device=device)[:, None] - torch.arange(num_keys, device=device)[None, :]
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """What `_attention` gets as its mask: what SDPA gets, but over a packed stream nothing, and none is built."""
+    if _packing.get() is None:
+        return _sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]  # transformers ships no types
+    if kwargs.get("attention_mask") is not None:
+        raise ValueError("a packed stream takes no attention mask: its segments are the mask")
+    return None
+
+
+_sdpa = AttentionInterface()["sdpa"]
+_sdpa_mask = AttentionMaskInterface()["sdpa"]
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
