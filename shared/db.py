@@ -5,9 +5,10 @@ Every write is one `BEGIN IMMEDIATE` on SQLite: a transaction that reads first a
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import BigInteger, ColumnElement, Engine, create_engine, event, literal_column
 from sqlalchemy.orm import Session
@@ -60,3 +61,24 @@ def now_ms(tx: Tx) -> ColumnElement[int]:
         # julianday, since unixepoch('subsec') needs SQLite 3.42 and Python 3.11 may come with 3.40.
         return literal_column("CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)", BigInteger)
     return literal_column("CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)", BigInteger)
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Page(Generic[T_co]):
+    """One page of a list, and whether another follows."""
+
+    items: Sequence[T_co]
+    has_more: bool
+
+
+def migrate(url: str) -> None:
+    """Bring the database at `url` to this code's schema; SchemaTooNew if it is beyond it."""
+    raise NotImplementedError
+
+
+def check_schema(engine: Engine) -> None:
+    """Raise SchemaTooNew if a newer lorad wrote the database, StartupError if `lorad migrate` has not been run."""
+    raise NotImplementedError

@@ -91,6 +91,12 @@ class StateConflict(LoradError):
     code = "state_conflict"
 
 
+class CancelRequested(StateConflict):
+    """Cancellation was asked for first; nothing may be published."""
+
+    code = "cancel_requested"
+
+
 class AdapterCorrupt(StateConflict):
     """A stored file of this adapter no longer matches its recorded checksum."""
 

@@ -1,0 +1,61 @@
+"""The life of a job: states, arcs, claim, report, finish, sweep. All SQL on jobs is in this package.
+
+The database is the ledger. Whoever holds a job's current fence owns it; every arc is one compare-and-swap on the row.
+"""
+
+from shared.jobs.arcs import ARCS, Arc, diagram
+from shared.jobs.asked import request_cancel, request_pause, resume, submit
+from shared.jobs.owner import (
+    Claim,
+    add_event,
+    claim_next,
+    fail,
+    give_back,
+    heartbeat,
+    published_version,
+    record_checkpoint,
+    stop_cancelled,
+    stop_paused,
+    succeed,
+)
+from shared.jobs.queries import (
+    NewJob,
+    checkpoints_page,
+    events_page,
+    get,
+    list_page,
+    newest_checkpoints,
+    queue_position,
+)
+from shared.jobs.sweep import Swept, mark_rung, sweep
+
+__all__ = [
+    "ARCS",
+    "Arc",
+    "Claim",
+    "NewJob",
+    "Swept",
+    "add_event",
+    "checkpoints_page",
+    "claim_next",
+    "diagram",
+    "events_page",
+    "fail",
+    "get",
+    "give_back",
+    "heartbeat",
+    "list_page",
+    "mark_rung",
+    "newest_checkpoints",
+    "published_version",
+    "queue_position",
+    "record_checkpoint",
+    "request_cancel",
+    "request_pause",
+    "resume",
+    "stop_cancelled",
+    "stop_paused",
+    "submit",
+    "succeed",
+    "sweep",
+]
