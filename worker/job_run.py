@@ -1,0 +1,268 @@
+"""One claimed job, from its files to its published version: the wiring between ledger, store and engine.
+
+Two threads work for a job here. The caller's waits for the engine; the pulse renews the lease, writes what the engine
+has reported since, and brings back what the ledger orders. The engine's own thread never waits for the database.
+"""
+
+import csv
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from shared import db, jobs
+from shared.config import Settings
+from shared.errors import InvalidRequest, OwnershipLost, TrainingFailed
+from shared.jobs import Claim
+from shared.specs import Order, StepReport
+from shared.store import adapters, base_models, checkpoints, files
+from shared.store.durable import staging
+from shared.store.layout import Layout
+from shared.tables import BaseModelRow
+from worker.lora.format import read_adapter
+from worker.training.engine import TrainingEngine
+from worker.training.job import TrainingJob, TrainingResult
+
+log = logging.getLogger("lorad.trainer")
+
+FLUSH_S = 1.0
+PUBLISH_RETRY_S = 900.0
+"""How long a trained job keeps trying to commit while the database is away; its fence guards it all the while."""
+
+EngineFor = Callable[[str], TrainingEngine]
+Level = Literal["info", "warn", "error"]
+
+
+@dataclass(frozen=True)
+class _Event:
+    level: Level
+    type: Literal["message", "metrics"]
+    message: str
+    data: dict[str, Any] | None
+
+
+class JobRun:
+    """Runs one claim to one of its ends. Once ownership is lost it writes nothing more."""
+
+    def __init__(self, claim: Claim, *, settings: Settings, database: Engine, layout: Layout) -> None:
+        self._claim = claim
+        self._settings = settings
+        self._database = database
+        self._layout = layout
+        self._order = Order.GO_ON
+        self._lock = threading.Lock()
+        self._events: list[_Event] = []
+        self._report: StepReport | None = None
+        self._metrics: list[dict[str, Any]] = []
+        self._checkpointed_at = time.monotonic()
+
+    def run(self, engine_for: EngineFor) -> None:
+        """Train and end the job as the ledger's table of arcs allows; returns normally whatever the job did.
+
+        `engine_for(base model id)` loads the base if need be. A trainer that is shutting down gives the job back.
+        """
+        try:
+            with self._pulse():
+                result = self._train(engine_for)
+                prepared = self._prepare_version(result) if result.outcome == "finished" else None
+            self._flush()
+            if prepared is not None:
+                self._publish(prepared, result)
+            else:
+                self._stop_as_ordered(result.order)
+        except OwnershipLost:
+            log.warning("%s: ownership lost, nothing published", self._claim.job_id)
+        except (InvalidRequest, TrainingFailed) as error:
+            code, message = error.error_code, error.message
+            self._end(lambda tx: jobs.fail(tx, self._claim, code=code, message=message))
+        except Exception as error:
+            log.exception("%s: attempt %d failed", self._claim.job_id, self._claim.attempt)
+            reason = f"{type(error).__name__}: {error}"
+            self._end(lambda tx: jobs.give_back(tx, self._claim, charge=True, reason=reason))
+
+    # -- training
+
+    def _train(self, engine_for: EngineFor) -> TrainingResult:
+        claim = self._claim
+        with db.read(self._database) as tx:
+            train_path = self._file_path(tx, claim.training_file_id)
+            valid_path = self._file_path(tx, claim.validation_file_id) if claim.validation_file_id else None
+            resume = checkpoints.newest_valid(self._layout, jobs.newest_checkpoints(tx, claim.job_id))
+        if resume is not None:
+            self._add_event("info", "message", f"Resuming from step {resume[0].step}", {"step": resume[0].step})
+        job = TrainingJob(
+            job_id=claim.job_id,
+            spec=claim.spec,
+            train_path=train_path,
+            valid_path=valid_path,
+            resume_from=resume[1] if resume else None,
+            checkpoint_due=lambda: time.monotonic() - self._checkpointed_at >= self._settings.checkpoint_s,
+            save_checkpoint=self._save_checkpoint,
+            on_event=self._add_event,
+            on_step=self._on_step,
+        )
+        return engine_for(claim.base_model_id).submit(job).result()
+
+    def _file_path(self, tx: db.Tx, file_id: str) -> Path:
+        return self._layout.files(files.get(tx, self._claim.tenant, file_id).id)
+
+    def _on_step(self, report: StepReport) -> Order:
+        with self._lock:
+            self._report = report
+            return self._order
+
+    def _add_event(
+        self, level: Level, type: Literal["message", "metrics"], message: str, data: dict[str, Any] | None = None
+    ) -> None:
+        with self._lock:
+            self._events.append(_Event(level, type, message, data))
+            if type == "metrics" and data is not None:
+                self._metrics.append(data)
+
+    def _save_checkpoint(self, step: int, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
+        claim = self._claim
+        prepared = checkpoints.prepare(self._layout, write, job_id=claim.job_id, step=step, fence=claim.fence)
+        with db.write(self._database) as tx:
+            jobs.record_checkpoint(
+                tx, claim, checkpoint_id=prepared.checkpoint_id, step=step, manifest=prepared.manifest, metrics=metrics
+            )
+            forgotten = checkpoints.forget_old(tx, claim.job_id)
+        checkpoints.remove(self._layout, forgotten)
+        self._checkpointed_at = time.monotonic()
+
+    # -- the pulse
+
+    @contextmanager
+    def _pulse(self) -> Iterator[None]:
+        """Beat while the block runs."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._beat_until, args=(ended,), name=f"pulse-{self._claim.job_id}")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _beat_until(self, ended: threading.Event) -> None:
+        beaten_at = -self._settings.heartbeat_s
+        while not ended.wait(min(FLUSH_S, self._settings.heartbeat_s)):
+            try:
+                self._flush()
+                if time.monotonic() - beaten_at >= self._settings.heartbeat_s:
+                    self._beat()
+                    beaten_at = time.monotonic()
+            except OwnershipLost:
+                self._order = Order.LOST
+            except DBAPIError as error:
+                # Cut off from the database we train on: nothing can be published without it, and most cuts are short.
+                log.warning("%s: the database does not answer: %s", self._claim.job_id, error)
+
+    def _beat(self) -> None:
+        with db.write(self._database) as tx:
+            order = jobs.heartbeat(tx, self._claim, lease_s=self._settings.lease_s, report=self._report)
+        with self._lock:
+            self._order = order
+
+    def _flush(self) -> None:
+        """Write the events reported since the last flush, in order, in one transaction."""
+        with self._lock:
+            events = list(self._events)
+        if not events:
+            return
+        with db.write(self._database) as tx:
+            for event in events:
+                jobs.add_event(
+                    tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data
+                )
+        with self._lock:
+            del self._events[: len(events)]
+
+    # -- the ends
+
+    def _prepare_version(self, result: TrainingResult) -> adapters.PreparedVersion:
+        claim = self._claim
+        with db.read(self._database) as tx:
+            base: BaseModelRow = base_models.get(tx, claim.base_model_id)
+            training_sha256 = files.get(tx, claim.tenant, claim.training_file_id).sha256
+        with staging(self._layout) as staged:
+            result.write_adapter(staged)
+            return adapters.prepare(
+                self._layout,
+                staged,
+                validate=_check_adapter,
+                base_model_id=base.id,
+                base_digest=base.digest,
+                spec=claim.spec,
+                job_id=claim.job_id,
+                name=claim.adapter_name,
+                training_sha256=training_sha256,
+            )
+
+    def _publish(self, prepared: adapters.PreparedVersion, result: TrainingResult) -> None:
+        """Commit version and success together. A lost answer is read back before anything is tried again."""
+        claim = self._claim
+
+        def commit(tx: db.Tx) -> None:
+            published = jobs.published_version(tx, claim.job_id)
+            if published is not None and published.id == prepared.version_id:
+                return
+            table = files.add_bytes(
+                tx, self._layout, _metrics_csv(self._metrics), tenant=claim.tenant,
+                purpose="fine-tune-results", filename="step_metrics.csv",
+            )  # fmt: skip
+            jobs.succeed(tx, claim, prepared, result_file_ids=[table.id], trained_tokens=result.trained_tokens)
+
+        try:
+            self._end(commit)
+        except jobs.CancelRequested:
+            self._end(lambda tx: jobs.stop_cancelled(tx, claim))
+        log.info("%s: succeeded", claim.job_id)
+
+    def _stop_as_ordered(self, order: Order | None) -> None:
+        if order is Order.CANCEL:
+            self._end(lambda tx: jobs.stop_cancelled(tx, self._claim))
+        elif order is Order.PAUSE:
+            self._end(lambda tx: jobs.stop_paused(tx, self._claim))
+        elif order is Order.LOST:
+            raise OwnershipLost
+        else:
+            reason = "the trainer is shutting down"
+            self._end(lambda tx: jobs.give_back(tx, self._claim, charge=False, reason=reason))
+
+    def _end(self, write: Callable[[db.Tx], None]) -> None:
+        """Perform the last write, waiting for a database that is away; keeps the lease no longer alive than it is."""
+        until = time.monotonic() + PUBLISH_RETRY_S
+        while True:
+            try:
+                with db.write(self._database) as tx:
+                    return write(tx)
+            except OwnershipLost:
+                log.warning("%s: ownership lost, nothing published", self._claim.job_id)
+                return
+            except DBAPIError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(1.0)
+
+
+def _check_adapter(directory: Path) -> None:
+    read_adapter(directory)
+
+
+def _metrics_csv(metrics: list[dict[str, Any]]) -> bytes:
+    """The metrics events as a table, one row per step."""
+    columns = sorted({key for row in metrics for key in row}, key=lambda key: (key != "step", key))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(metrics)
+    return text.getvalue().encode()
