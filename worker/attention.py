@@ -123,7 +123,7 @@ def _attend_softcapped(
     is_causal: bool,
     softcap: float,
 ) -> torch.Tensor:
-    """The same step by step, since torch's fused attention has no soft cap. Source: Gemma 2, arXiv:2408.00118, sec. 2."""
+    """The same step by step, since torch's fused attention has no soft cap (Gemma 2, arXiv:2408.00118, sec. 2)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores_BHQK = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers import logging as transformers_logging
 
@@ -38,10 +39,8 @@ SUPPORTED: Final = MappingProxyType(
 )
 """model_type -> what people call it. Each has a test that packed sequences give what they give one by one."""
 
-_OWN_ATTENTION = (
-    "it computes attention by itself, not through Transformers' attention interface, so sequences cannot be packed"
-)
-_ALIBI = "its ALiBi positions are counted over the whole row, so sequences cannot be packed"
+_OWN_ATTENTION = "its attention does not go through Transformers' attention interface, so sequences cannot be packed"
+_ALIBI = "its ALiBi biases count tokens over the whole row, so sequences cannot be packed"
 REFUSED: Final = MappingProxyType(
     {
         "bloom": _ALIBI,
@@ -102,7 +101,7 @@ def load_base_model(
             setattr(config, field, 0.0)
     on = choose_device(device)
     as_dtype = choose_dtype(on, dtype)
-    with _without_progress_bars(), _one_line_errors(directory):
+    with loading(directory):
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -114,7 +113,7 @@ def load_base_model(
             use_safetensors=True,
             output_loading_info=True,
         )
-    _check_whole(directory, info)
+    check_whole(directory, info)
     _check_vocabulary(directory, model, tokenizer)
     model.requires_grad_(False).eval().to(on)
     return BaseModel(
@@ -133,11 +132,11 @@ def load_base_model(
 def read_config(directory: Path) -> PreTrainedConfig:
     """The model configuration in `directory`, checked: no code beside it, not quantized, a supported architecture."""
     for filename in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in _read_json(directory / filename):
+        if "auto_map" in read_json(directory / filename):
             raise InvalidRequest(f"{filename} names code to run (auto_map): models with code of their own are refused")
-    declared = _read_json(directory / "config.json")
+    declared = read_json(directory / "config.json")
     check_model_type(str(declared.get("model_type")))
-    with _one_line_errors(directory):
+    with loading(directory):
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     check_architecture(config)
     return config
@@ -186,8 +185,7 @@ def context_length(config: PreTrainedConfig) -> int:
     """
     longest = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return min(longest, int(original)) if rope.get("rope_type") == "longrope" and original else longest
+    return min(longest, rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else longest
 
 
 def digest_directory(directory: Path) -> str:
@@ -221,7 +219,7 @@ def describe(model: torch.nn.Module, tokenizer: Any) -> dict[str, object]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file, unless it is the model's own config.json."""
     if not path.is_file():
         if path.name == "config.json":
@@ -236,7 +234,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_whole(directory: Path, info: dict[str, Any]) -> None:
+def check_whole(source: Path, info: dict[str, Any]) -> None:
     """Raises InvalidRequest if some weights were not in the files, since Transformers makes those up at random."""
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
     problems += [f"wrong shape of {key}" for key, *_ in sorted(info["mismatched_keys"])]
@@ -244,7 +242,7 @@ def _check_whole(directory: Path, info: dict[str, Any]) -> None:
     problems += info["error_msgs"]
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise InvalidRequest(f"the weights in {directory} do not fit their config.json: {shown}")
+        raise InvalidRequest(f"the weights in {source} do not fit its configuration: {shown}")
 
 
 def _check_vocabulary(directory: Path, model: Any, tokenizer: Any) -> None:
@@ -264,21 +262,19 @@ def _eos_token_ids(directory: Path, model: Any, tokenizer: Any) -> frozenset[int
 
 
 @contextmanager
-def _one_line_errors(directory: Path) -> Iterator[None]:
-    """Turns what Transformers raises over unusable files into InvalidRequest with its first line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InvalidRequest(f"cannot load the model in {directory}: {reason}") from error
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def loading(source: Path) -> Iterator[None]:
+    """Around calls of Transformers: no progress bars, and what it raises over unusable files becomes InvalidRequest."""
     were_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InvalidRequest(f"cannot load the model in {source}: {first_line(error)}") from error
     finally:
         if were_on:
             transformers_logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -111,7 +111,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, `<s>` 0 (never added unasked), `<|im_start|>` 1, `<|im_end|>` 2, the end; a ChatML template."""
+    """One token per byte, `<s>` 0 (never added unasked), `<|im_start|>` 1, `<|im_end|>` 2 = end; a ChatML template."""
     return byte_tokenizer()
 
 
