@@ -8,10 +8,33 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from importlib.util import find_spec
+from typing import Any, Final, Generic, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Engine, create_engine, event, literal_column
-from sqlalchemy.orm import Session
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    create_engine,
+    event,
+    func,
+    literal_column,
+    select,
+    tuple_,
+)
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from shared.errors import SchemaTooNew, StartupError
+from shared.tables import Table
+
+MIGRATION_LOCK: Final = 0x6C6F7261  # any number that nobody else locks
 
 Tx = Session
 """An open transaction. Functions that take one commit nothing."""
@@ -63,22 +86,91 @@ def now_ms(tx: Tx) -> ColumnElement[int]:
     return literal_column("CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)", BigInteger)
 
 
-T_co = TypeVar("T_co", covariant=True)
-
-
-@dataclass(frozen=True)
-class Page(Generic[T_co]):
-    """One page of a list, and whether another follows."""
-
-    items: Sequence[T_co]
-    has_more: bool
+def alembic_config(connection: Connection | None = None) -> Config:
+    """Alembic over the installed `migrations` package; with a connection, commands run in its transaction."""
+    package = find_spec("migrations")
+    if package is None or not package.submodule_search_locations:
+        raise StartupError("the package 'migrations' is not installed")
+    config = Config()
+    config.set_main_option("script_location", next(iter(package.submodule_search_locations)).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
 
 
 def migrate(url: str) -> None:
-    """Bring the database at `url` to this code's schema; SchemaTooNew if it is beyond it."""
-    raise NotImplementedError
+    """Bring the database at `url` to this code's schema, whole or not at all; several callers wait for each other.
+
+    SchemaTooNew if a newer lorad wrote it, StartupError if it cannot be opened.
+    """
+    engine = open_engine(url)
+    try:
+        with _reachable(engine), engine.execution_options(lorad_write=True).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            _refuse_unknown(_revisions(connection))
+            command.upgrade(alembic_config(connection), "head")
+    finally:
+        engine.dispose()
 
 
 def check_schema(engine: Engine) -> None:
-    """Raise SchemaTooNew if a newer lorad wrote the database, StartupError if `lorad migrate` has not been run."""
-    raise NotImplementedError
+    """Raise SchemaTooNew if a newer lorad wrote the database, StartupError if `lorad migrate` has yet to run."""
+    with _reachable(engine), engine.connect() as connection:
+        found = _revisions(connection)
+    _refuse_unknown(found)
+    if found != set(ScriptDirectory.from_config(alembic_config()).get_heads()):
+        raise StartupError("the database schema is behind this lorad: run 'lorad migrate'")
+
+
+@contextmanager
+def _reachable(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except OperationalError as error:
+        place = engine.url.render_as_string(hide_password=True)
+        raise StartupError(f"cannot use the database {place}: {str(error.orig).strip()}") from error
+
+
+def _revisions(connection: Connection) -> set[str]:
+    return set(MigrationContext.configure(connection).get_current_heads())
+
+
+def _refuse_unknown(found: set[str]) -> None:
+    scripts = ScriptDirectory.from_config(alembic_config())
+    unknown = found - {script.revision for script in scripts.walk_revisions()}
+    if unknown:
+        raise SchemaTooNew(
+            f"the database has schema {', '.join(sorted(unknown))}, which this lorad does not know: install a newer one"
+        )
+
+
+T = TypeVar("T", covariant=True)
+
+
+@dataclass(frozen=True)
+class Page(Generic[T]):
+    """One page of a list, and whether another follows."""
+
+    items: Sequence[T]
+    has_more: bool
+
+
+Row = TypeVar("Row", bound=Table)
+
+
+def keyset_page(
+    tx: Tx,
+    query: Select[Row],
+    *,
+    keys: Sequence[InstrumentedAttribute[Any]],
+    after: Row | None,
+    limit: int,
+    newest_first: bool,
+) -> Page[Row]:
+    """The `limit` rows of `query` that follow `after` in the order of `keys`, which must be unique together."""
+    if after is not None:
+        here, last = tuple_(*keys), tuple_(*(getattr(after, key.key) for key in keys))
+        query = query.where(here < last if newest_first else here > last)
+    query = query.order_by(*(key.desc() if newest_first else key.asc() for key in keys)).limit(limit + 1)
+    rows = tx.scalars(query).all()
+    return Page(items=rows[:limit], has_more=len(rows) > limit)

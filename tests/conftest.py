@@ -1,0 +1,82 @@
+"""Fixtures for every test: real databases and a real broker, started when a test first asks for them."""
+
+import shutil
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine
+
+from shared.db import migrate, open_engine
+from tests.servers import Broker, Postgres, run_broker, run_postgres
+
+_NUMBERS = count(1)
+
+
+@pytest.fixture(scope="session")
+def broker() -> Iterator[Broker]:
+    """One Valkey over TCP for the whole session; use fresh ids, or start your own with `run_broker`."""
+    with run_broker() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def broker_url(broker: Broker) -> str:
+    """Where that Valkey is."""
+    return broker.url
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Postgres]:
+    """One Postgres for the whole session, holding a migrated database 'template_lorad' to copy."""
+    with run_postgres() as running:
+        running.execute("CREATE DATABASE template_lorad")
+        migrate(running.url("template_lorad"))
+        yield running
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated SQLite file to copy."""
+    path = tmp_path_factory.mktemp("template") / "lorad.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres_server: Postgres) -> str:
+    """An empty Postgres database for the whole session, for tests of running services."""
+    postgres_server.execute("CREATE DATABASE lorad")
+    return postgres_server.url("lorad")
+
+
+@pytest.fixture
+def fresh_sqlite_url(sqlite_template: Path, tmp_path: Path) -> str:
+    """A fresh migrated SQLite database."""
+    path = tmp_path / "lorad.db"
+    shutil.copyfile(sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture
+def fresh_postgres_url(postgres_server: Postgres) -> Iterator[str]:
+    """A fresh migrated Postgres database."""
+    name = f"test_{next(_NUMBERS)}"
+    postgres_server.execute(f"CREATE DATABASE {name} TEMPLATE template_lorad")
+    yield postgres_server.url(name)
+    postgres_server.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A fresh migrated database, once of each kind."""
+    return str(request.getfixturevalue(f"fresh_{request.param}_url"))
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """An engine on a fresh migrated database, once of each kind."""
+    engine = open_engine(database_url)
+    yield engine
+    engine.dispose()
