@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from shared import db, jobs
 from shared.config import Settings
-from shared.errors import InvalidRequest, OwnershipLost, TrainingFailed
+from shared.errors import CancelRequested, InvalidRequest, OwnershipLost, TrainingFailed
 from shared.jobs import Claim
 from shared.specs import Order, StepReport
 from shared.store import adapters, base_models, checkpoints, files
@@ -223,7 +223,7 @@ class JobRun:
 
         try:
             self._end(commit)
-        except jobs.CancelRequested:
+        except CancelRequested:
             self._end(lambda tx: jobs.stop_cancelled(tx, claim))
         log.info("%s: succeeded", claim.job_id)
 
