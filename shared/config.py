@@ -1,13 +1,18 @@
 """Settings: frozen, read once from the environment, and the only reader of it."""
 
+import hashlib
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from shared.errors import SettingsError
+
+MAX_SOCKET_PATH: Final = 100
+"""Bytes; the kernel's sun_path holds 108 on Linux and 104 on macOS, with the closing zero."""
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -41,7 +46,13 @@ class Settings:
 
     @property
     def embedded_broker_socket(self) -> Path:
-        return self.data_dir / "broker" / "valkey.sock"
+        """In the data directory, or where that path is too long for a socket, in a directory of our own under the
+        system's temporary one; every program finds the same place."""
+        path = self.data_dir / "broker" / "valkey.sock"
+        if len(os.fsencode(path)) <= MAX_SOCKET_PATH:
+            return path
+        digest = hashlib.sha256(os.fsencode(self.data_dir)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"lorad-{os.getuid()}-{digest}" / "valkey.sock"
 
     @property
     def resolved_broker_url(self) -> str:
@@ -99,6 +110,8 @@ def _read(env: Mapping[str, str]) -> Settings:
     for field in _POSITIVE_FLOATS:
         if field in given:
             values[field] = _seconds(field, given[field], problems)
+    if given.get("database_url", "").startswith("sqlite") and not given["database_url"].startswith("sqlite:////"):
+        problems.append(f"LORAD_DATABASE_URL={given['database_url']!r}: SQLite needs an absolute path, sqlite:////...")
     if problems:
         raise SettingsError("; ".join(problems))
     data_dir = Path(given.get("data_dir", "~/.lorad")).expanduser().absolute()

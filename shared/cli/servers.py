@@ -1,0 +1,153 @@
+"""The programs of the service, one command each. All but the sweeper take this process's place (exec)."""
+
+import importlib.util
+import ipaddress
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+import shared
+from shared import db, keys
+from shared.config import Settings, environment_for
+from shared.errors import StartupError
+
+CODE_DIR = Path(shared.__file__).parent.parent
+"""Programs start here, so that `api` and `worker` are ours and not a directory of that name where the user stands."""
+
+API_STOP_S = 5
+"""Requests still being answered get this long when the API stops."""
+
+
+def api_command(settings: Settings) -> list[str]:
+    """The API's command line: one gunicorn worker process, a thread per request."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    options = {
+        "--bind": f"{host}:{settings.port}",
+        "--worker-class": "gthread",
+        "--threads": str(settings.api_threads),
+        "--timeout": "60",  # of a worker whose main loop hangs; a request may take longer
+        "--graceful-timeout": str(API_STOP_S),
+        "--keep-alive": "15",
+        "--log-level": "warning",
+    }
+    flat = [word for option in options.items() for word in option]
+    # The control socket would lie in the home directory and be shared by every gunicorn of this user.
+    return [sys.executable, "-m", "gunicorn", *flat, "--no-control-socket", "api.app:create_app_from_env()"]
+
+
+def worker_command(program: str) -> list[str]:
+    """The command line of worker.trainer, worker.generator or worker.importer."""
+    return [sys.executable, "-m", f"worker.{program}"]
+
+
+def require_installed(module: str, extra: str) -> None:
+    """Raise StartupError, naming the extra to install, if the module is not there."""
+    if importlib.util.find_spec(module) is None:
+        raise StartupError(f"this needs the '{extra}' extra, which is not installed: pip install 'lorad[{extra}]'")
+
+
+def refuse_open_door(settings: Settings) -> None:
+    """Raise StartupError if others than this machine could reach an API that asks for no key."""
+    if is_loopback(settings.host):
+        return
+    engine = db.open_engine(settings.database_url)
+    try:
+        db.check_schema(engine)
+        with db.read(engine) as tx:
+            if keys.any_exist(tx):
+                return
+    finally:
+        engine.dispose()
+    raise StartupError(
+        f"LORAD_HOST={settings.host} is open to other machines and there is no API key yet: "
+        "make one with 'lorad keys create', or listen on 127.0.0.1"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def become(command: list[str], settings: Settings) -> NoReturn:
+    """Replace this process by `command`, which reads the same settings."""
+    os.chdir(CODE_DIR)
+    os.execve(command[0], command, environment_for(settings))  # noqa: S606  # a list of our own, no shell
+
+
+@click.command()
+def api() -> None:
+    """Serve HTTP until stopped."""
+    settings = Settings.from_env()
+    require_installed("gunicorn", "api")
+    refuse_open_door(settings)
+    become(api_command(settings), settings)
+
+
+@click.command()
+def trainer() -> None:
+    """Train queued jobs until stopped."""
+    settings = Settings.from_env()
+    require_installed("torch", "worker")
+    become(worker_command("trainer"), settings)
+
+
+@click.command()
+def generator() -> None:
+    """Answer generation requests until stopped."""
+    settings = Settings.from_env()
+    require_installed("torch", "worker")
+    become(worker_command("generator"), settings)
+
+
+@click.command()
+def sweeper() -> None:
+    """Mend the ledger and clean the store until stopped; several may run."""
+    from shared.queue import Queue
+    from shared.store.layout import Layout
+    from shared.sweeper import Sweeper
+
+    settings = Settings.from_env()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    layout = Layout(settings.data_dir)
+    layout.prepare()
+    engine = db.open_engine(settings.database_url)
+    db.check_schema(engine)
+    queue = Queue(settings.resolved_broker_url)
+    Sweeper(lease_s=settings.lease_s, sweep_s=settings.sweep_s).run(engine, layout, queue, stop)
+    queue.close()
+    engine.dispose()
+
+
+@click.command()
+def migrate() -> None:
+    """Bring the database to this code's schema; needed once after each update, `lorad up` does it by itself."""
+    settings = Settings.from_env()
+    if settings.database_url.startswith("sqlite"):
+        prepare_data_dir(settings)
+    db.migrate(settings.database_url)
+
+
+def prepare_data_dir(settings: Settings) -> None:
+    """The data directory and what lies in it, made for us alone; StartupError if it cannot be written."""
+    from shared.store.layout import Layout
+
+    try:
+        Layout(settings.data_dir).prepare()
+    except OSError as error:
+        raise StartupError(f"cannot write to the data directory {settings.data_dir}: {error.strerror}") from error
+
+
+COMMANDS = (api, trainer, generator, sweeper, migrate)
