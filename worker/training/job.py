@@ -14,7 +14,7 @@ WriteDirectory = Callable[[Path], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One adapter to train. Every callable is called on the engine's thread; an exception from one ends this job only."""
+    """One adapter to train. Every callable runs on the engine's thread; an exception from one ends this job only."""
 
     job_id: str
     spec: TrainSpec
