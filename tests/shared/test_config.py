@@ -1,0 +1,101 @@
+"""Settings: what the environment says, what is refused, and that children read the same."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shared.config import Settings, environment_for
+from shared.errors import SettingsError
+
+
+def test_defaults_need_no_environment():
+    """Without any variable: loopback, SQLite in ~/.lorad, the embedded broker."""
+    settings = Settings.from_env({"HOME": "/nowhere"})
+
+    assert settings.host == "127.0.0.1"
+    assert settings.database_url == f"sqlite:///{settings.data_dir}/lorad.db"
+    assert settings.resolved_broker_url == f"unix://{settings.data_dir}/broker/valkey.sock"
+
+
+def test_every_problem_is_named_at_once():
+    """Three mistakes give one error that names all three."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({"LORAD_PORT": "http", "LORAD_DEVICE": "tpu", "LORAD_SPEED": "fast"})
+
+    assert all(name in caught.value.message for name in ("LORAD_PORT", "LORAD_DEVICE", "LORAD_SPEED"))
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "8e3", "８３２１", "8321 ", "9" * 30])
+def test_a_port_is_a_number_in_range(port: str):
+    """Anything else is refused, also digits of other scripts that int() would take."""
+    with pytest.raises(SettingsError, match="LORAD_PORT"):
+        Settings.from_env({"LORAD_PORT": port})
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_is_a_positive_number(seconds: str):
+    """No time is zero, negative, infinite or not a number."""
+    with pytest.raises(SettingsError, match="LORAD_SWEEP_S"):
+        Settings.from_env({"LORAD_SWEEP_S": seconds})
+
+
+def test_a_lease_outlives_a_heartbeat():
+    """A lease that one late heartbeat would lose is refused, one that survives it is not."""
+    with pytest.raises(SettingsError, match="LORAD_LEASE_S"):
+        Settings.from_env({"LORAD_HEARTBEAT_S": "3", "LORAD_LEASE_S": "5"})
+
+    assert Settings.from_env({"LORAD_HEARTBEAT_S": "3", "LORAD_LEASE_S": "6"}).lease_s == 6
+
+
+def test_a_relative_sqlite_path_is_refused():
+    """Programs start in different directories; a relative path would be a different database in each."""
+    with pytest.raises(SettingsError, match="absolute"):
+        Settings.from_env({"LORAD_DATABASE_URL": "sqlite:///lorad.db"})
+
+    assert Settings.from_env({"LORAD_DATABASE_URL": "sqlite:////tmp/lorad.db"}).database_url.endswith("/tmp/lorad.db")
+
+
+def test_a_relative_data_dir_becomes_absolute():
+    """So that programs started elsewhere find the same one."""
+    assert Settings.from_env({"LORAD_DATA_DIR": "here"}).data_dir == Path.cwd() / "here"
+
+
+def test_empty_means_not_set():
+    """A variable set to nothing, as compose files leave them, counts as absent."""
+    assert Settings.from_env({"LORAD_BROKER_URL": "", "LORAD_API_KEY": ""}).broker_url is None
+
+
+@pytest.mark.parametrize("broker_url", [None, "redis://127.0.0.1:6379/0"])
+def test_a_child_reads_the_same_settings(broker_url: str | None):
+    """What environment_for writes, from_env reads; variables that are no settings of ours pass through."""
+    settings = replace(
+        Settings.from_env({"LORAD_DATA_DIR": "/data", "LORAD_LEASE_S": "7.5", "LORAD_HEARTBEAT_S": "0.25"}),
+        broker_url=broker_url,
+        train_slots=3,
+        dtype="bfloat16",
+    )
+
+    env = environment_for(settings, {"PATH": "/bin", "LORAD_PORT": "1", "LORAD_FAILPOINT": "x"})
+
+    assert Settings.from_env(env) == settings
+    assert (env["PATH"], env["LORAD_FAILPOINT"]) == ("/bin", "x")
+
+
+def test_the_broker_socket_fits_the_kernel_however_long_the_data_dir():
+    """A path too long for a socket is replaced by one that can be bound, a different one for each data directory."""
+    short = Settings.from_env({"LORAD_DATA_DIR": "/d"})
+    long_one, other = (Settings.from_env({"LORAD_DATA_DIR": f"/d/{'x' * 200}{n}"}) for n in (1, 2))
+
+    assert short.embedded_broker_socket == Path("/d/broker/valkey.sock")
+    assert long_one.embedded_broker_socket != other.embedded_broker_socket
+    directory = long_one.embedded_broker_socket.parent
+    directory.mkdir(mode=0o700)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.fspath(long_one.embedded_broker_socket))
+            long_one.embedded_broker_socket.unlink()
+    finally:
+        directory.rmdir()
