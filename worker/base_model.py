@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers import logging as transformers_logging
 
-from shared.errors import InvalidRequest, UnsupportedArchitecture
+from shared.errors import InvalidRequest, SettingsError, UnsupportedArchitecture
 from worker import attention
+from worker.lora import targets
 
 SUPPORTED: Final = MappingProxyType(
     {
@@ -160,10 +161,11 @@ def check_model_type(model_type: str) -> None:
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """`wanted`, or for "auto" the GPU if there is one."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    """`wanted`, or for "auto" the GPU if there is one. Raises SettingsError if "cuda" is wanted and there is none."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise SettingsError("LORAD_DEVICE=cuda, but torch sees no CUDA device")
+    return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
 def choose_dtype(device: torch.device, wanted: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
@@ -205,8 +207,6 @@ def digest_directory(directory: Path) -> str:
 
 def describe(model: torch.nn.Module, tokenizer: Any) -> dict[str, object]:
     """What others may know of the model without loading it: the `config` of its row. JSON values only."""
-    from worker.lora import targets
-
     config: Any = model.config
     return {
         "architecture": config.model_type,
