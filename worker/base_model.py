@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers import logging as transformers_logging
@@ -112,6 +113,7 @@ def load_base_model(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `check_whole` names them; without it, nothing would
             output_loading_info=True,
         )
     check_whole(directory, info)
@@ -237,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_whole(source: Path, info: dict[str, Any]) -> None:
     """Raises InvalidRequest if some weights were not in the files, since Transformers makes those up at random."""
     problems = [f"missing {key}" for key in sorted(info["missing_keys"])]
-    problems += [f"wrong shape of {key}" for key, *_ in sorted(info["mismatched_keys"])]
+    problems += [f"{key} is {tuple(has)}, not {tuple(needs)}" for key, has, needs in sorted(info["mismatched_keys"])]
     problems += [f"unknown {key}" for key in sorted(info["unexpected_keys"])]
     problems += info["error_msgs"]
     if problems:
@@ -263,18 +265,21 @@ def _eos_token_ids(directory: Path, model: Any, tokenizer: Any) -> frozenset[int
 
 @contextmanager
 def loading(source: Path) -> Iterator[None]:
-    """Around calls of Transformers: no progress bars, and what it raises over unusable files becomes InvalidRequest."""
-    were_on = transformers_logging.is_progress_bar_enabled()
+    """Around calls of Transformers: they print nothing, and errors over unusable files become InvalidRequest."""
+    had_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InvalidRequest(f"cannot load the model in {source}: {first_line(error)}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise InvalidRequest(f"cannot load the model in {source}: {one_line(error)}") from error
     finally:
-        if were_on:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
             transformers_logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says, or its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line of at most 300 characters, with its type if it says next to nothing."""
+    said = " ".join(str(error).split())[:300]
+    return said if " " in said else f"{type(error).__name__} {said}".strip()

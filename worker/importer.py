@@ -140,7 +140,7 @@ def _download(repo_id: str, target: Path) -> None:
         try:
             snapshot_download(repo_id, allow_patterns=list(_FILES), local_dir=downloaded)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
-            raise InvalidRequest(f"cannot download {repo_id}: {base_model.first_line(error)}") from error
+            raise InvalidRequest(f"cannot download {repo_id}: {base_model.one_line(error)}") from error
         _copy(Path(downloaded), target)
 
 

@@ -219,10 +219,10 @@ def test_unknown_weight_is_refused(directory: Path) -> None:
 
 
 def test_weight_of_wrong_shape_is_refused(directory: Path) -> None:
-    """A weight of another shape is an error."""
+    """A weight of another shape is an error that gives both shapes."""
     edit_weights(directory, model__norm__weight=torch.ones(31))
 
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InvalidRequest, match=r"model\.norm\.weight is \(31,\), not \(32,\)"):
         load(directory)
 
 
@@ -233,6 +233,32 @@ def test_truncated_weights_are_refused(directory: Path) -> None:
 
     with pytest.raises(InvalidRequest, match="cannot load the model"):
         load(directory)
+
+
+def test_wrong_configuration_value_is_refused(directory: Path) -> None:
+    """A configuration value of the wrong type is one clear error on one line."""
+    edit_json(directory / "config.json", hidden_size="x")
+
+    with pytest.raises(InvalidRequest, match=r"^cannot load .*hidden_size.*$"):
+        load(directory)
+
+
+def test_missing_tokenizer_is_refused(directory: Path) -> None:
+    """A model without a tokenizer is of no use here."""
+    (directory / "tokenizer.json").unlink()
+
+    with pytest.raises(InvalidRequest, match=r"^cannot load .*tokenizer.*$"):
+        load(directory)
+
+
+def test_loading_is_quiet(directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Loading prints nothing of Transformers' own, neither progress bars nor its report over bad weights."""
+    load(directory)
+    edit_weights(directory, model__norm__weight=torch.ones(31))
+    with pytest.raises(InvalidRequest):
+        load(directory)
+
+    assert capfd.readouterr() == ("", "")
 
 
 def test_tokenizer_larger_than_model_is_refused(directory: Path) -> None:
