@@ -80,6 +80,7 @@ def add(settings: Settings, name: str, source: Source) -> BaseModelRow:
             digest = base_model.digest_directory(staged)
             base = base_model.load_base_model(staged, name=name, digest=digest, device="cpu", dtype="bfloat16")
             config = {**base_model.describe(base.model, base.tokenizer), "source": source.origin}
+            durable.make_durable(staged)  # before the transaction, which holds the database's one write lock
             with db.write(engine) as tx:
                 return base_models.register(tx, layout, staged, name=name, digest=digest, config=config)
     finally:
