@@ -86,6 +86,11 @@ _POSITIVE_INTS = (
 )
 _POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s")
 _TEXTS = ("database_url", "broker_url", "host", "base_url", "api_key")
+_SCHEMES = {
+    "database_url": ("sqlite:////", "postgresql://", "postgresql+psycopg://", "postgres://"),
+    "broker_url": ("redis://", "rediss://", "unix:///"),
+}
+"""Absolute paths only: the programs start in different directories."""
 _FIELDS = ("data_dir", "port", *_CHOICES, *_POSITIVE_INTS, *_POSITIVE_FLOATS, *_TEXTS)
 
 
@@ -110,8 +115,12 @@ def _read(env: Mapping[str, str]) -> Settings:
     for field in _POSITIVE_FLOATS:
         if field in given:
             values[field] = _seconds(field, given[field], problems)
-    if given.get("database_url", "").startswith("sqlite") and not given["database_url"].startswith("sqlite:////"):
-        problems.append(f"LORAD_DATABASE_URL={given['database_url']!r}: SQLite needs an absolute path, sqlite:////...")
+    for field, schemes in _SCHEMES.items():
+        if field in given and not given[field].startswith(schemes):
+            # Only the scheme is shown: the rest may hold a password.
+            problems.append(
+                f"{_variable(field)}={given[field].partition(':')[0]}:...: allowed are {', '.join(schemes)}"
+            )
     if problems:
         raise SettingsError("; ".join(problems))
     data_dir = Path(given.get("data_dir", "~/.lorad")).expanduser().absolute()

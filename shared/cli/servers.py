@@ -117,7 +117,6 @@ def sweeper() -> None:
     from shared.sweeper import Sweeper
 
     settings = Settings.from_env()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -125,6 +124,7 @@ def sweeper() -> None:
     layout.prepare()
     engine = db.open_engine(settings.database_url)
     db.check_schema(engine)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     queue = Queue(settings.resolved_broker_url)
     Sweeper(lease_s=settings.lease_s, sweep_s=settings.sweep_s).run(engine, layout, queue, stop)
     queue.close()

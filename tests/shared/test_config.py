@@ -50,12 +50,24 @@ def test_a_lease_outlives_a_heartbeat():
     assert Settings.from_env({"LORAD_HEARTBEAT_S": "3", "LORAD_LEASE_S": "6"}).lease_s == 6
 
 
-def test_a_relative_sqlite_path_is_refused():
-    """Programs start in different directories; a relative path would be a different database in each."""
-    with pytest.raises(SettingsError, match="absolute"):
-        Settings.from_env({"LORAD_DATABASE_URL": "sqlite:///lorad.db"})
+@pytest.mark.parametrize("url", ["sqlite:///lorad.db", "sqlite://", "mysql://u:geheim@h/d", "lorad.db"])
+def test_a_database_is_an_absolute_sqlite_path_or_postgres(url: str):
+    """Programs start in different directories, so a relative path would be another database in each.
 
+    The message names the setting and shows no password.
+    """
+    with pytest.raises(SettingsError, match="LORAD_DATABASE_URL") as caught:
+        Settings.from_env({"LORAD_DATABASE_URL": url})
+
+    assert "geheim" not in caught.value.message
     assert Settings.from_env({"LORAD_DATABASE_URL": "sqlite:////tmp/lorad.db"}).database_url.endswith("/tmp/lorad.db")
+
+
+@pytest.mark.parametrize("url", ["amqp://host", "unix://relative.sock", "localhost:6379"])
+def test_a_broker_is_redis_by_tcp_or_socket(url: str):
+    """Other brokers lack the streams that answers travel on."""
+    with pytest.raises(SettingsError, match="LORAD_BROKER_URL"):
+        Settings.from_env({"LORAD_BROKER_URL": url})
 
 
 def test_a_relative_data_dir_becomes_absolute():
