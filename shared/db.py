@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from shared.errors import SchemaTooNew, StartupError
+from shared.errors import InvalidRequest, SchemaTooNew, StartupError
 from shared.tables import Table
 
 MIGRATION_LOCK: Final = 0x6C6F7261  # any number that nobody else locks
@@ -156,6 +156,13 @@ class Page(Generic[T]):
 
 
 Row = TypeVar("Row", bound=Table)
+
+
+def cursor(tx: Tx, query: Select[Row], after: str) -> Row:
+    """The row that a client's `after` names; InvalidRequest if `query` finds none."""
+    if (row := tx.scalars(query).one_or_none()) is None:
+        raise InvalidRequest(f"after={after!r} is not the id of an object in this list", param="after")
+    return row
 
 
 def keyset_page(

@@ -1,7 +1,4 @@
-"""API keys: lorad_<id>_<secret>, of which only the SHA-256 is kept.
-
-The secret holds 256 random bits, so a plain hash keeps it as safe as a slow one would. Comparison takes constant time.
-"""
+"""API keys: lorad_<id>_<secret>, of which only the SHA-256 is kept."""
 
 import hashlib
 import hmac
@@ -10,7 +7,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Final
 
-from sqlalchemy import func, select, update
+from sqlalchemy import select
 
 from shared import limits
 from shared.db import Tx, now_ms
@@ -22,7 +19,8 @@ SCOPES: Final = (
 )  # fmt: skip
 DEFAULT_SCOPES: Final = tuple(scope for scope in SCOPES if scope != "admin")
 
-_KEY = re.compile(r"lorad_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_KEY = re.compile(r"lorad_([0-9a-f]{16})_([0-9a-f]{64})")
+_NOBODY = "0" * 64
 
 
 def create(
@@ -34,48 +32,50 @@ def create(
     expires_s: float | None = None,
 ) -> tuple[ApiKey, str]:
     """A new key's row and the key itself, which cannot be read again; InvalidRequest for a bad scope or tenant."""
-    wanted = sorted(set(scopes))
-    unknown = [scope for scope in wanted if scope not in SCOPES]
-    if unknown or not wanted:
-        given = ", ".join(map(repr, unknown)) or "none"
-        raise InvalidRequest(f"scope {given}: allowed are {', '.join(SCOPES)}", param="scope")
+    wanted = list(dict.fromkeys(scopes))
+    if unknown := [scope for scope in wanted if scope not in SCOPES]:
+        raise InvalidRequest(f"unknown scopes {', '.join(unknown)}; there are {', '.join(SCOPES)}", param="scopes")
     if not limits.is_name(tenant):
-        raise InvalidRequest(f"tenant {tenant!r} must match {limits.NAME_PATTERN} without '..'", param="tenant")
-    if expires_s is not None and not expires_s > 0:
-        raise InvalidRequest(f"a key must expire in the future, not in {expires_s:g} s", param="expires")
-    key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-    key = f"lorad_{key_id}_{secret}"
-    now = tx.execute(select(now_ms(tx))).scalar_one()
+        raise InvalidRequest(f"{tenant!r} cannot name a tenant: it must match {limits.NAME_PATTERN}", param="tenant")
+    if expires_s is not None and not 0 < expires_s < 1e10:
+        raise InvalidRequest("a key must expire in the future", param="expires")
+    key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
+    now = now_ms(tx)
     row = ApiKey(
         id=key_id,
         tenant=tenant,
-        secret_sha256=_sha256(key),
+        secret_sha256=_sha256(secret),
         scopes=wanted,
         label=label,
         created_at=now,
         expires_at=None if expires_s is None else now + int(expires_s * 1000),
-        revoked_at=None,
     )
     tx.add(row)
     tx.flush()
-    return row, key
+    tx.refresh(row)
+    return row, f"lorad_{key_id}_{secret}"
 
 
 def authenticate(tx: Tx, presented: str) -> ApiKey:
-    """The live key that was presented; Unauthenticated if it is malformed, unknown, wrong, expired or revoked."""
-    match = _KEY.fullmatch(presented)
-    row = tx.get(ApiKey, match.group(1)) if match else None
-    # Compared in any case, so that an unknown id takes as long as a wrong secret.
-    is_right = hmac.compare_digest(_sha256(presented), row.secret_sha256 if row else "0" * 64)
-    now = tx.execute(select(now_ms(tx))).scalar_one()
-    if row is None or not is_right or row.revoked_at is not None or (row.expires_at or now + 1) <= now:
-        raise Unauthenticated("This API key is not valid.")
-    return row
+    """The live key that was presented; Unauthenticated if it is malformed, unknown, wrong, expired or revoked.
+
+    The message is the same for all of these, and a digest is compared in constant time for an unknown id too.
+    """
+    parts = _KEY.fullmatch(presented)
+    key_id, secret = parts.groups() if parts else ("", "")
+    is_live = (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > now_ms(tx))
+    found = tx.execute(select(ApiKey, is_live).where(ApiKey.id == key_id)).one_or_none()
+    expected = _NOBODY if found is None else found[0].secret_sha256
+    is_right = hmac.compare_digest(_sha256(secret), expected)
+    if found is None or not is_right or not found[1] or found[0].revoked_at is not None:
+        raise Unauthenticated("this API key is not valid")
+    key: ApiKey = found[0]
+    return key
 
 
 def any_exist(tx: Tx) -> bool:
     """True once a key was ever made, even if revoked: from then on a key is needed."""
-    return bool(tx.scalar(select(func.count()).select_from(ApiKey)))
+    return tx.scalar(select(ApiKey.id).limit(1)) is not None
 
 
 def list_all(tx: Tx) -> list[ApiKey]:
@@ -85,13 +85,14 @@ def list_all(tx: Tx) -> list[ApiKey]:
 
 def revoke(tx: Tx, key_id: str) -> ApiKey:
     """The key, revoked; NotFound if there is none. Twice is once."""
-    live = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
-    tx.execute(live.values(revoked_at=now_ms(tx)), execution_options={"synchronize_session": False})
-    row = tx.scalar(select(ApiKey).where(ApiKey.id == key_id).execution_options(populate_existing=True))
-    if row is None:
-        raise NotFound(f"There is no API key with the id {key_id!r}.")
-    return row
+    if (key := tx.get(ApiKey, key_id)) is None:
+        raise NotFound(f"there is no API key {key_id!r}")
+    if key.revoked_at is None:
+        key.revoked_at = now_ms(tx)
+        tx.flush()
+        tx.refresh(key)
+    return key
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+def _sha256(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

@@ -1,34 +1,38 @@
 """Doorbells for trainers and requests for generators, over Celery on Redis or Valkey. Hides both.
 
-A message is never the only copy of anything that matters: jobs are rows, and a lost doorbell is rung again by the
-sweeper. So publishing never retries and never waits longer than `PUBLISH_S`.
+The ledger is the database; a message that is lost, repeated or late does no harm. Hence early acknowledgement, no
+result backend, no prefetch, and a publisher that gives up after 2 s instead of waiting for the broker.
 """
 
+import logging
 import time
 from collections.abc import Iterator
-from typing import Any, Final, Self
+from typing import Any, Final
 
+import redis
 from celery import Celery
 from kombu.exceptions import OperationalError
-from redis import Redis
+from pydantic import ValidationError
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from shared.errors import GenerationTimeout, Unavailable
+from shared import ids
+from shared.errors import GenerationTimeout, InvalidRequest, QueueFull, Unavailable
 from shared.specs import Chunk, GenerationRequest
+
+log = logging.getLogger(__name__)
 
 TRAIN_TASK: Final = "lorad.train"
 GENERATE_TASK: Final = "lorad.generate"
 TRAIN_QUEUE: Final = "train"
-
 PREFIX: Final = "lorad:"
-PUBLISH_S: Final = 2.0
-DOORBELL_EXPIRES_S: Final = 60.0
-"""A trainer that ends a job looks for the next one by itself, so an old bell says nothing new."""
-ANSWER_EXPIRES_S: Final = 300
-"""How long chunks that nobody fetches are kept."""
-_READ_BLOCK_MS: Final = 1000
+TIMEOUT_S: Final = 2.0
+MAX_DOORBELLS: Final = 100
+"""No more than these wait at once: each only says 'look'."""
+MAX_WAITING: Final = 1000
+"""Generation requests that may wait for one base model."""
+CHUNKS_EXPIRE_S: Final = 600
+BLOCK_MS: Final = 1000
 
 
 def generate_queue(base_model_id: str) -> str:
@@ -36,176 +40,182 @@ def generate_queue(base_model_id: str) -> str:
     return f"generate.{base_model_id}"
 
 
-def celery_app(broker_url: str, *, socket_timeout_s: float = 30.0) -> Celery:
-    """The Celery application for a redis://, rediss:// or unix:// broker.
-
-    Acknowledged early, no results, nothing prefetched: with late acknowledgement Redis hands a message out again after
-    its visibility timeout, which a training exceeds, and every copy would run.
-    """
-    app = Celery("lorad", broker=_kombu_url(broker_url), set_as_current=False)
+def celery_app(broker_url: str, *, timeout_s: float = 30.0) -> Celery:
+    """The Celery application for a redis://, rediss:// or unix:// broker, for a worker; `timeout_s` is per answer."""
+    app = Celery("lorad", broker=broker_url.replace("unix://", "redis+socket://", 1), set_as_current=False)
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
-        task_acks_late=False,
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
+        result_backend=None,
+        task_acks_late=False,
+        task_create_missing_queues=True,
+        task_default_queue=TRAIN_QUEUE,
+        task_publish_retry=False,
         worker_prefetch_multiplier=1,
         worker_disable_prefetch=True,
-        worker_enable_remote_control=False,
-        worker_send_task_events=False,
+        worker_pool="threads",
         worker_hijack_root_logger=False,
-        task_publish_retry=False,
-        broker_connection_timeout=PUBLISH_S,
+        worker_send_task_events=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry=True,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            "global_keyprefix": PREFIX,
-            "socket_timeout": socket_timeout_s,
-            "socket_connect_timeout": PUBLISH_S,
+            "visibility_timeout": 3600,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": TIMEOUT_S,
             "socket_keepalive": True,
-            # For whoever publishes; a worker's own consumer follows broker_connection_max_retries.
-            "max_retries": 1,
-            "interval_start": 0,
-            "interval_step": 0,
-            "interval_max": 0,
+            "global_keyprefix": PREFIX,
         },
     )
     return app
 
 
-def _kombu_url(broker_url: str) -> str:
-    if broker_url.startswith("unix://"):
-        return "redis+socket://" + broker_url.removeprefix("unix://")
-    return broker_url
+def received_request(payload: object) -> GenerationRequest:
+    """The request in a message's payload, validated again: anybody on the broker can write messages."""
+    try:
+        request = GenerationRequest.model_validate(payload)
+    except ValidationError as error:
+        raise InvalidRequest(f"not a generation request: {error.error_count()} problems") from error
+    if not ids.is_id(request.request_id, ids.REQUEST):
+        raise InvalidRequest("not a generation request: request_id is not an id")
+    return request
+
+
+class ChunkWriter:
+    """Writes the chunks of one answer to where `Queue.generate` reads them."""
+
+    def __init__(self, client: "redis.Redis", request_id: str) -> None:
+        self._client = client
+        self._stream = _stream_key(request_id)
+        self._cancelled = _cancel_key(request_id)
+
+    def write(self, chunk: Chunk) -> None:
+        """Append a chunk; raises Unavailable when the broker is down."""
+        try:
+            with self._client.pipeline() as batch:
+                batch.xadd(self._stream, {"chunk": chunk.model_dump_json(exclude_defaults=True)})
+                batch.expire(self._stream, CHUNKS_EXPIRE_S)
+                batch.execute()
+        except redis.RedisError as error:
+            raise Unavailable("the broker does not answer") from error
+
+    def is_cancelled(self) -> bool:
+        """True when nobody listens any more; raises Unavailable when the broker is down."""
+        try:
+            return bool(self._client.exists(self._cancelled))
+        except redis.RedisError as error:
+            raise Unavailable("the broker does not answer") from error
 
 
 class Queue:
     """The broker as the API, the sweeper and the workers see it. Connects on first use; threads may share it."""
 
     def __init__(self, broker_url: str) -> None:
-        self._app = celery_app(broker_url, socket_timeout_s=PUBLISH_S)
-        self._redis = Redis.from_url(
-            broker_url, socket_connect_timeout=PUBLISH_S, socket_timeout=2 * PUBLISH_S, retry=Retry(NoBackoff(), 1)
+        self._celery = celery_app(broker_url, timeout_s=TIMEOUT_S)
+        # Kombu retries the connection for ever unless told not to, whatever the publisher's own retry policy says.
+        self._celery.conf.broker_transport_options |= {"max_retries": 0}
+        self._client: redis.Redis = redis.Redis.from_url(
+            broker_url,
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+            protocol=2,
         )
 
     def ring_trainers(self) -> bool:
-        """Tell trainers to look; False within a few seconds when the broker is down. Never raises."""
+        """Tell trainers to look; False within about 2 s when the broker is down. Never raises."""
         try:
-            self._app.send_task(TRAIN_TASK, queue=TRAIN_QUEUE, expires=DOORBELL_EXPIRES_S, retry=False)
-        except (OperationalError, RedisError, OSError):
+            if self._waiting(TRAIN_QUEUE) < MAX_DOORBELLS:
+                self._send(TRAIN_TASK, TRAIN_QUEUE, [])
+        except Unavailable as error:
+            log.warning("the doorbell did not ring: %s", error)
             return False
         return True
 
-    def generate(self, request: GenerationRequest) -> "Answer":
-        """The chunks of one answer, the last with finish_reason or error. Raises Unavailable if the broker is down."""
-        try:
-            self._app.send_task(
-                GENERATE_TASK,
-                args=[request.model_dump(mode="json")],
-                queue=generate_queue(request.base_model_id),
-                expires=max(1.0, request.deadline_unix_s - time.time()),
-                retry=False,
-            )
-        except (OperationalError, RedisError, OSError) as error:
-            raise Unavailable("The message broker does not answer; try again.") from error
-        return Answer(self._redis, request.request_id, request.deadline_unix_s)
+    def generate(self, request: GenerationRequest) -> Iterator[Chunk]:
+        """The chunks of one answer, the last with finish_reason or error.
 
-    def writer(self, request_id: str) -> "ChunkWriter":
+        Raises on the call: Unavailable (broker down), QueueFull. Raises on iteration: GenerationTimeout after
+        `deadline_unix_s`, Unavailable. Closing the iterator before its end cancels the request.
+        """
+        if not ids.is_id(request.request_id, ids.REQUEST):
+            raise InvalidRequest("request_id is not an id")
+        queue = generate_queue(request.base_model_id)
+        if self._waiting(queue) >= MAX_WAITING:
+            raise QueueFull
+        remaining_s = max(request.deadline_unix_s - time.time(), 0.0)
+        self._send(GENERATE_TASK, queue, [request.model_dump(mode="json")], expires=remaining_s)
+        return self._read(request)
+
+    def writer(self, request_id: str) -> ChunkWriter:
         """Where a generator writes the answer to this request."""
-        return ChunkWriter(self._redis, request_id)
+        return ChunkWriter(self._client, request_id)
 
     def ping(self) -> bool:
-        """True if the broker answers within a few seconds."""
+        """True if the broker answers within 2 s."""
         try:
-            return bool(self._redis.ping())
-        except (RedisError, OSError):
+            return bool(self._client.ping())
+        except redis.RedisError:
             return False
 
     def close(self) -> None:
-        self._redis.close()
-        self._app.close()
+        """Close all connections; the next use opens new ones."""
+        self._celery.pool.force_close_all()
+        self._client.close()
 
-
-class Answer(Iterator[Chunk]):
-    """The chunks of one request as they come. Closing it before the last chunk cancels the request.
-
-    Iteration raises GenerationTimeout once the deadline has passed, and Unavailable if the broker goes down.
-    """
-
-    def __init__(self, redis: "Redis", request_id: str, deadline_unix_s: float) -> None:
-        self._redis = redis
-        self._request_id = request_id
-        self._deadline_unix_s = deadline_unix_s
-        self._last_id = b"0"
-        self._waiting: list[Chunk] = []
-        self._ended = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        if self._ended:
-            raise StopIteration
-        while not self._waiting:
-            self._receive()
-        chunk = self._waiting.pop(0)
-        if chunk.is_last:
-            self._ended = True
-        return chunk
-
-    def _receive(self) -> None:
-        left_s = self._deadline_unix_s - time.time()
-        if left_s <= 0:
-            self.close()
-            raise GenerationTimeout
-        block_ms = max(1, min(_READ_BLOCK_MS, int(left_s * 1000)))
+    def _waiting(self, queue: str) -> int:
         try:
-            # redis-py's type covers every protocol and decoding; ours are lists or dicts of bytes.
-            streams: Any = self._redis.xread({_chunks_key(self._request_id): self._last_id}, block=block_ms)
-        except (RedisError, OSError) as error:
-            raise Unavailable("The message broker does not answer; try again.") from error
-        for _, entries in streams.items() if isinstance(streams, dict) else streams:
-            for entry_id, fields in entries:
-                self._last_id = entry_id
-                self._waiting.append(Chunk.model_validate_json(fields[b"chunk"]))
+            return int(self._client.llen(PREFIX + queue))
+        except redis.RedisError as error:
+            raise Unavailable("the broker does not answer") from error
 
-    def close(self) -> None:
-        """Tell the generator to stop, unless it has said its last word."""
-        if self._ended:
-            return
-        self._ended = True
+    def _send(self, task: str, queue: str, arguments: list[Any], *, expires: float | None = None) -> None:
         try:
-            self._redis.set(_cancel_key(self._request_id), b"1", ex=ANSWER_EXPIRES_S)
-        except (RedisError, OSError):
-            return  # the request's deadline ends it
+            self._celery.send_task(task, arguments, queue=queue, expires=expires, retry=False, ignore_result=True)
+        except (OperationalError, redis.RedisError, OSError) as error:
+            raise Unavailable("the broker does not answer") from error
 
-
-class ChunkWriter:
-    """Writes the chunks of one answer to where `Queue.generate` reads them."""
-
-    def __init__(self, redis: "Redis", request_id: str) -> None:
-        self._redis = redis
-        self._request_id = request_id
-        self._cancelled = False
-
-    def write(self, chunk: Chunk) -> None:
-        """Append a chunk; raises Unavailable when the broker is down."""
-        key = _chunks_key(self._request_id)
+    def _read(self, request: GenerationRequest) -> Iterator[Chunk]:
+        """The chunks as they come. Leaves the cancel flag behind unless the last chunk was reached."""
+        stream, seen, is_whole = _stream_key(request.request_id), "0", False
         try:
-            with self._redis.pipeline(transaction=False) as pipe:
-                pipe.xadd(key, {b"chunk": chunk.model_dump_json(exclude_defaults=True).encode()})
-                pipe.expire(key, ANSWER_EXPIRES_S)
-                pipe.exists(_cancel_key(self._request_id))
-                self._cancelled = bool(pipe.execute()[2])
-        except (RedisError, OSError) as error:
-            raise Unavailable("The message broker does not answer.") from error
+            while True:
+                remaining_ms = int((request.deadline_unix_s - time.time()) * 1000)
+                if remaining_ms <= 0:
+                    raise GenerationTimeout
+                for key, chunk in self._next_chunks(stream, seen, min(remaining_ms, BLOCK_MS)):
+                    seen, is_whole = key, chunk.is_last
+                    yield chunk
+                    if is_whole:
+                        return
+        finally:
+            self._end(request.request_id, is_whole=is_whole)
 
-    def is_cancelled(self) -> bool:
-        """True if nobody listened any more when the last chunk was written."""
-        return self._cancelled
+    def _next_chunks(self, stream: str, seen: str, block_ms: int) -> list[tuple[str, Chunk]]:
+        try:
+            answer: Any = self._client.xread({stream: seen}, count=256, block=block_ms)
+            entries = answer[0][1] if answer else []
+            return [(key, Chunk.model_validate_json(fields["chunk"])) for key, fields in entries]
+        except redis.RedisError as error:
+            raise Unavailable("the broker went away in the middle of an answer") from error
+        except (ValidationError, KeyError) as error:
+            raise Unavailable("the answer on the broker is not one of ours") from error
+
+    def _end(self, request_id: str, *, is_whole: bool) -> None:
+        try:
+            if is_whole:
+                self._client.delete(_stream_key(request_id))
+            else:
+                self._client.set(_cancel_key(request_id), "1", ex=CHUNKS_EXPIRE_S)
+        except redis.RedisError as error:
+            log.warning("request %s could not be ended on the broker: %s", request_id, error)
 
 
-def _chunks_key(request_id: str) -> str:
+def _stream_key(request_id: str) -> str:
     return f"{PREFIX}chunks:{request_id}"
 
 

@@ -5,10 +5,9 @@ The database is the ledger. Whoever holds a job's current fence owns it; every a
 
 from shared.jobs.arcs import ARCS, Arc, diagram
 from shared.jobs.asked import request_cancel, request_pause, resume, submit
+from shared.jobs.claim import Claim, claim_next
 from shared.jobs.owner import (
-    Claim,
     add_event,
-    claim_next,
     fail,
     give_back,
     heartbeat,

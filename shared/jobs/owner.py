@@ -1,55 +1,55 @@
 """What a trainer does with a job that it owns. Every function is a compare-and-swap on the claim's fence."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from shared.db import Tx
-from shared.specs import Order, StepReport, TrainSpec
-from shared.store.adapters import PreparedVersion
-from shared.tables import AdapterVersion
+from sqlalchemy import ColumnElement, insert, select, update
 
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """The right to train one job until the lease ends; `fence` is the proof."""
-
-    job_id: str
-    tenant: str
-    fence: int
-    attempt: int
-    trainer: str
-    base_model_id: str
-    training_file_id: str
-    validation_file_id: str | None
-    adapter_name: str
-    spec: TrainSpec
-    runs_alone: bool
-
-
-def claim_next(tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None = None) -> Claim | None:
-    """The next job for this trainer, now running under its lease, or None. Call until None: a doorbell says 'look'."""
-    raise NotImplementedError
+from shared.db import Tx, now_ms
+from shared.errors import CancelRequested, OwnershipLost
+from shared.jobs.arcs import EventType, Level, append_event, follow
+from shared.jobs.claim import Claim
+from shared.specs import Order, StepReport
+from shared.store.adapters import PreparedVersion, insert_version
+from shared.tables import AdapterVersion, Checkpoint, Job, JobState
 
 
 def heartbeat(
     tx: Tx, claim: Claim, *, lease_s: float, report: StepReport | None = None, trained_tokens: int | None = None
 ) -> Order:
-    """Renew the lease, note progress, and bring back what was asked; LOST if another owner has the job."""
-    raise NotImplementedError
+    """Renew the lease, note progress, and bring back what was asked; LOST if another owner has the job.
+
+    A lease that ran out is renewed all the same as long as nobody else has taken the job.
+    """
+    now = now_ms(tx)
+    values: dict[str, Any] = {"heartbeat_at": now, "lease_expires_at": now + int(lease_s * 1000)}
+    if report is not None:
+        values |= {"step": report.step, "total_steps": report.total_steps}
+        values |= {"estimated_finish_at": now + int(report.eta_seconds * 1000)}
+    if trained_tokens is not None:
+        values |= {"trained_tokens": trained_tokens}
+    row = tx.execute(
+        update(Job).where(*_owned(claim)).values(**values).returning(Job.cancel_requested_at, Job.pause_requested_at),
+        execution_options={"synchronize_session": False},
+    ).one_or_none()
+    if row is None:
+        return Order.LOST
+    cancel, pause = row
+    return Order.CANCEL if cancel is not None else Order.PAUSE if pause is not None else Order.GO_ON
 
 
 def add_event(
     tx: Tx,
     claim: Claim,
     *,
-    level: Literal["info", "warn", "error"] = "info",
-    type: Literal["message", "metrics"] = "message",
+    level: Level = "info",
+    type: EventType = "message",
     message: str,
     data: Mapping[str, Any] | None = None,
 ) -> None:
     """Append an event; raises OwnershipLost."""
-    raise NotImplementedError
+    _lock(tx, claim)
+    append_event(tx, claim.job_id, level=level, type=type, message=message, data=data)
 
 
 def record_checkpoint(
@@ -62,7 +62,20 @@ def record_checkpoint(
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Make a published checkpoint directory known; raises OwnershipLost."""
-    raise NotImplementedError
+    _lock(tx, claim)
+    tx.execute(
+        insert(Checkpoint).values(
+            id=checkpoint_id,
+            job_id=claim.job_id,
+            step=step,
+            fence=claim.fence,
+            manifest=dict(manifest),
+            metrics=dict(metrics or {}),
+            created_at=now_ms(tx),
+        )
+    )
+    message = f"Checkpoint saved at step {step}."
+    append_event(tx, claim.job_id, level="info", type="message", message=message, data={"step": step})
 
 
 def succeed(
@@ -75,35 +88,104 @@ def succeed(
 ) -> AdapterVersion:
     """The new adapter version: the job succeeds and its version exists, or neither.
 
-    Raises OwnershipLost, or CancelRequested if a cancel came first: then call stop_cancelled in a new transaction.
+    Raises OwnershipLost, or CancelRequested if a cancel came first: then call `stop_cancelled` in a new transaction.
+    A pause that was asked is moot.
     """
-    raise NotImplementedError
+    values: dict[str, Any] = {"result_file_ids": list(result_file_ids), "pause_requested_at": None}
+    if trained_tokens is not None:
+        values |= {"trained_tokens": trained_tokens}
+    job = follow(
+        tx,
+        "publish",
+        claim.job_id,
+        fence=claim.fence,
+        guards=(Job.cancel_requested_at.is_(None),),
+        values=values,
+        message="The job has succeeded.",
+    )
+    if job is None:
+        _lock(tx, claim)
+        raise CancelRequested
+    version = insert_version(tx, claim.tenant, claim.adapter_name, prepared, claim.job_id)
+    name = f"{claim.adapter_name}@{version.version}"
+    append_event(tx, job.id, level="info", type="message", message=f"Adapter {name} is ready.", data={"model": name})
+    return version
 
 
 def published_version(tx: Tx, job_id: str) -> AdapterVersion | None:
     """The version that a job has published, to read back a COMMIT whose answer was lost."""
-    raise NotImplementedError
+    return tx.scalars(select(AdapterVersion).where(AdapterVersion.job_id == job_id)).one_or_none()
 
 
 def fail(tx: Tx, claim: Claim, *, code: str, message: str, param: str | None = None) -> None:
     """End the job as failed (as cancelled if that was asked); raises OwnershipLost."""
-    raise NotImplementedError
+    if _follow_cancel(tx, claim):
+        return
+    _need(_fail(tx, claim, code=code, message=message, param=param))
 
 
 def give_back(tx: Tx, claim: Claim, *, charge: bool, reason: str) -> None:
-    """Put the job back in the queue; raises OwnershipLost.
+    """Put the job back in the queue; raises OwnershipLost. `reason` is shown to the user.
 
-    With `charge` the attempt counts: it waits a while, and fails if no attempt is left. A cancel or pause that was
-    asked is carried out instead.
+    With `charge` the attempt counts: the job fails if none is left. A cancel or pause that was asked is carried out
+    instead.
     """
-    raise NotImplementedError
+    job = _lock(tx, claim)
+    if _follow_cancel(tx, claim) or _follow_pause(tx, claim):
+        return
+    if charge and job.attempt >= job.max_attempts:
+        message = f"The last of {job.max_attempts} attempts ended: {reason}"
+        _need(_fail(tx, claim, code="attempts_exhausted", message=message, param=None))
+        return
+    values = {} if charge else {"attempt": job.attempt - 1}
+    message = f"The job was put back in the queue: {reason}"
+    _need(follow(tx, "give_back", claim.job_id, fence=claim.fence, values=values, message=message))
 
 
 def stop_cancelled(tx: Tx, claim: Claim) -> None:
     """End the job as cancelled, as was asked; raises OwnershipLost."""
-    raise NotImplementedError
+    _lock(tx, claim)
+    if not _follow_cancel(tx, claim):
+        raise AssertionError(f"nobody asked to cancel {claim.job_id}")
 
 
 def stop_paused(tx: Tx, claim: Claim) -> None:
     """Pause the job, as was asked (cancel wins); raises OwnershipLost. The attempt is not charged."""
-    raise NotImplementedError
+    _lock(tx, claim)
+    if not (_follow_cancel(tx, claim) or _follow_pause(tx, claim)):
+        raise AssertionError(f"nobody asked to pause {claim.job_id}")
+
+
+def _owned(claim: Claim) -> tuple[ColumnElement[bool], ...]:
+    return Job.id == claim.job_id, Job.state == JobState.RUNNING, Job.fence == claim.fence
+
+
+def _lock(tx: Tx, claim: Claim) -> Job:
+    """The claimed job, locked until the transaction ends (SQLite: by the transaction itself); raises OwnershipLost."""
+    query = select(Job).where(*_owned(claim)).with_for_update()
+    return _need(tx.scalars(query, execution_options={"populate_existing": True}).one_or_none())
+
+
+def _need(job: Job | None) -> Job:
+    if job is None:
+        raise OwnershipLost
+    return job
+
+
+def _fail(tx: Tx, claim: Claim, *, code: str, message: str, param: str | None) -> Job | None:
+    values = {"error": {"code": code, "message": message, "param": param}}
+    return follow(
+        tx, "fail", claim.job_id, fence=claim.fence, values=values, level="error", message=f"The job failed: {message}"
+    )
+
+
+def _follow_cancel(tx: Tx, claim: Claim) -> Job | None:
+    asked = (Job.cancel_requested_at.is_not(None),)
+    return follow(tx, "cancel", claim.job_id, fence=claim.fence, guards=asked, message="The job was cancelled.")
+
+
+def _follow_pause(tx: Tx, claim: Claim) -> Job | None:
+    asked = (Job.pause_requested_at.is_not(None),)
+    values = {"attempt": Job.attempt - 1}
+    message = "The job was paused."
+    return follow(tx, "pause", claim.job_id, fence=claim.fence, guards=asked, values=values, message=message)

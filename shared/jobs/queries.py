@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
-from shared.db import Page, Tx
+from sqlalchemy import ColumnElement, String, and_, bindparam, cast, func, or_, select, tuple_
+
+from shared import ids
+from shared.db import Page, Tx, cursor, keyset_page
+from shared.errors import NotFound
 from shared.specs import TrainSpec
-from shared.tables import Checkpoint, Job, JobEvent
+from shared.tables import Checkpoint, Job, JobEvent, JobState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,34 +30,74 @@ class NewJob:
 
 
 def get(tx: Tx, tenant: str, job_id: str) -> Job:
-    """The tenant's job; NotFound if it is missing or someone else's."""
-    raise NotImplementedError
+    """The tenant's job as it is now; NotFound if it is missing or someone else's."""
+    query = select(Job).where(Job.id == job_id, Job.tenant == tenant)
+    job = tx.scalars(query, execution_options={"populate_existing": True}).one_or_none() if _is_job(job_id) else None
+    if job is None:
+        raise NotFound(f"there is no fine-tuning job {job_id!r}")
+    return job
 
 
 def list_page(
     tx: Tx, tenant: str, *, limit: int, after: str | None = None, metadata: Mapping[str, str] | None = None
 ) -> Page[Job]:
     """Jobs, newest first, that carry all of `metadata`; an empty mapping means jobs without any, None means all."""
-    raise NotImplementedError
+    query = select(Job).where(Job.tenant == tenant)
+    if metadata is not None and not metadata:
+        query = query.where(cast(Job.tags, String) == "{}")
+    for key, value in (metadata or {}).items():
+        query = query.where(_has_tag(tx, key, value))
+    last = None if after is None else cursor(tx, select(Job).where(Job.tenant == tenant, Job.id == after), after)
+    return keyset_page(tx, query, keys=(Job.created_at, Job.id), after=last, limit=limit, newest_first=True)
 
 
 def events_page(
     tx: Tx, tenant: str, job_id: str, *, limit: int, after: str | None = None, newest_first: bool = True
 ) -> Page[JobEvent]:
     """Events of one job after the event `after` in the chosen order."""
-    raise NotImplementedError
+    get(tx, tenant, job_id)
+    query = select(JobEvent).where(JobEvent.job_id == job_id)
+    last = None if after is None else cursor(tx, query.where(JobEvent.id == after), after)
+    return keyset_page(tx, query, keys=(JobEvent.seq,), after=last, limit=limit, newest_first=newest_first)
 
 
 def checkpoints_page(tx: Tx, tenant: str, job_id: str, *, limit: int, after: str | None = None) -> Page[Checkpoint]:
     """Checkpoints of one job that still exist, newest first."""
-    raise NotImplementedError
+    get(tx, tenant, job_id)
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id)
+    last = None if after is None else cursor(tx, query.where(Checkpoint.id == after), after)
+    live = query.where(Checkpoint.deleted_at.is_(None))
+    return keyset_page(tx, live, keys=_CHECKPOINT_ORDER, after=last, limit=limit, newest_first=True)
 
 
 def newest_checkpoints(tx: Tx, job_id: str) -> list[Checkpoint]:
     """Checkpoints that still exist, newest first, to resume from the first whose files are intact."""
-    raise NotImplementedError
+    live = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
+    return list(tx.scalars(live.order_by(*(key.desc() for key in _CHECKPOINT_ORDER))))
 
 
 def queue_position(tx: Tx, job: Job) -> int | None:
     """1 for the next in line by priority and age (fair share may change it), None if the job is not queued."""
-    raise NotImplementedError
+    if job.state != JobState.QUEUED:
+        return None
+    sooner = or_(
+        Job.priority > job.priority,
+        and_(Job.priority == job.priority, tuple_(Job.created_at, Job.id) < tuple_(job.created_at, job.id)),
+    )
+    ahead = select(func.count()).select_from(Job).where(Job.state == JobState.QUEUED, sooner)
+    return (tx.scalar(ahead) or 0) + 1
+
+
+_CHECKPOINT_ORDER: Final = (Checkpoint.step, Checkpoint.fence)
+
+
+def _is_job(text: str) -> bool:
+    return ids.is_id(text, ids.JOB)
+
+
+def _has_tag(tx: Tx, key: str, value: str) -> ColumnElement[bool]:
+    """True for jobs whose tag `key` is `value`. The key is a bound value, never a JSON path: it is a user's text."""
+    if tx.get_bind().dialect.name == "sqlite":
+        pair = func.json_each(Job.tags).table_valued("key", "value")
+        return select(1).select_from(pair).where(pair.c.key == key, pair.c.value == value).exists()
+    return Job.tags.op("->>", return_type=String())(bindparam(None, key, String())) == value

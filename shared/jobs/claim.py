@@ -1,0 +1,143 @@
+"""Which job a trainer gets next."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import ValidationError
+from sqlalchemy import ColumnElement, Select, case, func, insert, or_, select, true
+from sqlalchemy.orm import aliased
+
+from shared.db import Tx, now_ms
+from shared.jobs.arcs import follow
+from shared.specs import TrainSpec
+from shared.tables import Job, JobAttempt, JobState
+
+WAITED_TOO_LONG_MS: Final = 60_000
+"""After this a job is no longer passed over for one whose base model is at hand, or that need not run alone."""
+
+CLAIM_LOCK: Final = 0x636C61696D
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """The right to train one job until the lease ends; `fence` is the proof."""
+
+    job_id: str
+    tenant: str
+    fence: int
+    attempt: int
+    trainer: str
+    base_model_id: str
+    training_file_id: str
+    validation_file_id: str | None
+    adapter_name: str
+    spec: TrainSpec
+    runs_alone: bool
+
+
+def claim_next(tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None = None) -> Claim | None:
+    """The next job for this trainer, now running under its lease, or None. Call until None: a doorbell says 'look'.
+
+    Order: priority; jobs of the base model `holds_base` before others that have waited less than a minute; the tenant
+    with the fewest running jobs, then the one served longest ago; age. A job that runs alone gets a trainer that has
+    nothing else, and keeps it so. `trainer` names one process.
+    """
+    if tx.get_bind().dialect.name == "postgresql":
+        # Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway.
+        tx.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+    alone = list(tx.scalars(select(Job.runs_alone).where(Job.state == JobState.RUNNING, Job.lease_owner == trainer)))
+    if any(alone):
+        return None
+    while (job := _next(tx, holds_base=holds_base, is_busy=bool(alone))) is not None:
+        claimed = _take(tx, job, trainer=trainer, lease_s=lease_s)
+        if claimed is not None:
+            return claimed
+    return None
+
+
+def _next(tx: Tx, *, holds_base: str | None, is_busy: bool) -> Job | None:
+    """The best candidate; None also when it needs an idle trainer and has waited long enough to be kept one."""
+    now = now_ms(tx)
+    found = tx.execute(_candidates(tx, holds_base, now).limit(1)).first()
+    if found is None or not (is_busy and found[0].runs_alone):
+        return None if found is None else found[0]
+    if found.waited_ms > WAITED_TOO_LONG_MS:
+        return None
+    found = tx.execute(_candidates(tx, holds_base, now).where(Job.runs_alone.is_(False)).limit(1)).first()
+    return None if found is None else found[0]
+
+
+def _candidates(tx: Tx, holds_base: str | None, now: ColumnElement[int]) -> Select[Job, int]:
+    other = aliased(Job)
+    same_tenant = other.tenant == Job.tenant
+    running = select(func.count()).where(same_tenant, other.state == JobState.RUNNING).select_from(other)
+    last_served = select(func.coalesce(func.max(other.started_at), 0)).where(same_tenant)
+    ready_at = case((Job.not_before > Job.created_at, Job.not_before), else_=Job.created_at)
+    waited_ms = now - ready_at
+    is_at_hand = true() if holds_base is None else or_(Job.base_model_id == holds_base, waited_ms > WAITED_TOO_LONG_MS)
+    return (
+        select(Job, waited_ms.label("waited_ms"))
+        .where(
+            Job.state == JobState.QUEUED,
+            Job.not_before <= now,
+            Job.cancel_requested_at.is_(None),
+            Job.pause_requested_at.is_(None),
+            Job.attempt < Job.max_attempts,
+        )
+        .order_by(
+            Job.priority.desc(),
+            case((is_at_hand, 0), else_=1),
+            running.scalar_subquery(),
+            last_served.scalar_subquery(),
+            Job.created_at,
+            Job.id,
+        )
+        .with_for_update(of=Job, skip_locked=True)
+        .execution_options(populate_existing=True)
+    )
+
+
+def _take(tx: Tx, job: Job, *, trainer: str, lease_s: float) -> Claim | None:
+    """The claim on a queued job; None, and the job failed, if its row holds no valid spec any more."""
+    now = now_ms(tx)
+    first = job.attempt == 0 and job.started_at is None
+    claimed = follow(
+        tx,
+        "claim",
+        job.id,
+        fence=job.fence,
+        values={
+            "fence": Job.fence + 1,
+            "attempt": Job.attempt + 1,
+            "lease_owner": trainer,
+            "lease_expires_at": now + int(lease_s * 1000),
+            "heartbeat_at": now,
+            "started_at": func.coalesce(Job.started_at, now),
+        },
+        message="Training started." if first else f"Training continues, attempt {job.attempt + 1}.",
+    )
+    if claimed is None:
+        return None
+    attempt = insert(JobAttempt).values(job_id=job.id, fence=claimed.fence, trainer=trainer, started_at=now)
+    tx.execute(attempt)
+    try:
+        spec = TrainSpec.model_validate(claimed.spec)
+    except ValidationError as error:
+        text = f"the stored training spec is not valid: {error.errors()[0]['msg']}"
+        values = {"error": {"code": "bad_spec", "message": text, "param": None}}
+        message = f"The job failed: {text}"
+        follow(tx, "fail", job.id, fence=claimed.fence, values=values, level="error", message=message)
+        return None
+    return Claim(
+        job_id=claimed.id,
+        tenant=claimed.tenant,
+        fence=claimed.fence,
+        attempt=claimed.attempt,
+        trainer=trainer,
+        base_model_id=claimed.base_model_id,
+        training_file_id=claimed.training_file_id,
+        validation_file_id=claimed.validation_file_id,
+        adapter_name=claimed.adapter_name,
+        spec=spec,
+        runs_alone=claimed.runs_alone,
+    )
