@@ -204,7 +204,8 @@ def _read_turn(line: int, path: str, value: object) -> list[Turn | Problem]:
     problems = _unknown_keys(line, value, "role", "content", "weight", path=path)
     role, weight = value.get("role"), value.get("weight", 1)
     if role not in ("system", "user", "assistant"):
-        message = f"must be system, user or assistant, not {json.dumps(role)[:40]}"
+        given = f"'{_printable(role)}'" if isinstance(role, str) else type(role).__name__
+        message = f"must be system, user or assistant, not {given}"
         problems.append(Problem(line, f"{path}.role", "unknown_role", message))
     if isinstance(weight, bool) or weight not in (0, 1):
         problems.append(Problem(line, f"{path}.weight", "invalid_weight", "must be 0 or 1"))

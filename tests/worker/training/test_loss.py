@@ -123,7 +123,7 @@ GQA = {**TOKEN_IDS, **SMALL, "initializer_range": 0.2, "num_key_value_heads": 2,
     ids=["capped Gemma 2", "scaled Cohere", "scaled Granite", "plain"],
 )
 def test_head_gives_the_models_logits(config: PreTrainedConfig, is_plain: bool) -> None:
-    """Applied to the trunk's hidden states it gives what the whole model gives, which the bare matrix does not always."""
+    """On the trunk's hidden states it gives what the whole model gives, which the bare matrix does not always."""
     model = random_model(config)
     ids, positions = torch.arange(3, 12)[None], torch.arange(9)[None]
     with torch.no_grad(), packed_segments([9]):
