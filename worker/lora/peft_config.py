@@ -4,7 +4,6 @@ Source: PEFT 0.21.2, `LoraConfig`; that is also the version which we write as `p
 """
 
 import json
-import math
 import re
 from collections.abc import Callable
 from typing import Any, Final
@@ -154,7 +153,7 @@ class _Fields:
             value = self._config[name]
             is_off = _OFF[name](value) if name in _OFF else value in (None, False, [], {}, "")
             if not is_off:
-                self.problems.append(f"{name:.80}={value!r:.80} is not supported")
+                self.problems.append(f"{name!r:.80} = {value!r:.80} is not supported")
 
 
 def _is_rank(value: Any) -> bool:
@@ -162,7 +161,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any, above: float, upto: float) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and above < value <= upto
+    return type(value) in (int, float) and above < value <= upto
 
 
 def _is_name(value: Any) -> bool:

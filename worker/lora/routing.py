@@ -1,5 +1,6 @@
 """Routing: which part of the current forward's input uses which adapter."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Route:
             if lead[-1:] != (self.num_tokens,) or any(size != 1 for size in lead[:-1]):
                 raise ValueError(f"routed {self.num_tokens} tokens, but the input is {tuple(x.shape)}")
             return (self.num_tokens,)
-        return lead
+        return (math.prod(lead),)
 
 
 BASE = Route()

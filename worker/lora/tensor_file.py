@@ -6,6 +6,7 @@ so those are refused here first; overlaps, holes and wrong lengths are left to i
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -35,10 +36,11 @@ def strict_json(text: bytes) -> Any:
     """The JSON value; ValueError on duplicate keys, NaN, Infinity, too deep nesting, or what is not JSON in UTF-8."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"duplicate key {next(k for i, k in enumerate(keys) if k in keys[:i])!r:.120}")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"duplicate key {key!r:.120}")
+            found[key] = value
         return found
 
     def no_constant(name: str) -> Any:
@@ -57,7 +59,7 @@ def read_bounded(path: Path, *, max_bytes: int, check_start: Callable[[bytes, in
         raise refuse(["there is no such file"], file=path.name)
     with path.open("rb") as file:
         start = file.read(8)
-        size = path.stat().st_size
+        size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise refuse([f"{size} bytes; at most {max_bytes} are allowed"], file=path.name)
         if check_start is not None:

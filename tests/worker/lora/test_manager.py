@@ -1,0 +1,388 @@
+"""AdapterManager on whole models: what it changes, and what it leaves alone."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+from shared.errors import NotFound, StateConflict, UnknownTarget
+from tests.worker.lora.conftest import add_trained
+from worker.lora import AdapterManager, LoRALinear, LoraSpec
+
+
+def tensors(manager, name):
+    return {path: parameter.detach().clone() for path, parameter in manager.parameters(name).items()}
+
+
+def test_a_new_adapter_changes_nothing(subject):
+    """B starts at zero, so the active new adapter gives the base's logits bit for bit."""
+    base = subject.logits()
+    manager = AdapterManager(subject.model)
+
+    manager.add("math", subject.spec(), seed=0)
+    manager.activate("math")
+
+    assert torch.equal(subject.logits(), base)
+
+
+def test_a_trained_adapter_acts_only_while_active(subject):
+    """Activated it changes the logits, deactivated they are the base's bit for bit."""
+    base = subject.logits()
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "math", subject.spec())
+    assert torch.equal(subject.logits(), base)
+
+    manager.activate("math")
+    assert not torch.allclose(subject.logits(), base, atol=1e-2)
+
+    manager.deactivate()
+    assert torch.equal(subject.logits(), base)
+
+
+def test_a_then_b_then_a(subject):
+    """Switching to another adapter and back gives the first one's logits bit for bit."""
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "a", subject.spec(), seed=1)
+    add_trained(manager, "b", subject.spec(r=2), seed=2)
+
+    manager.activate("a")
+    first = subject.logits()
+    manager.activate("b")
+    other = subject.logits()
+    manager.activate("a")
+
+    assert torch.equal(subject.logits(), first)
+    assert not torch.allclose(other, first, atol=1e-2)
+
+
+def test_the_seed_decides_a(subject):
+    """The same seed gives the same A whatever was added before; another seed another A."""
+    manager = AdapterManager(subject.model)
+    manager.add("one", subject.spec(), seed=7)
+    manager.add("other", subject.spec(), seed=8)
+    manager.add("again", subject.spec(), seed=7)
+    one, other, again = (tensors(manager, name) for name in ("one", "other", "again"))
+
+    assert all(torch.equal(one[path], again[path]) for path in one)
+    assert not any(torch.equal(one[path], other[path]) for path in one if path.endswith("lora_A"))
+
+
+def test_without_a_seed_adapters_differ(subject):
+    """Two adapters added without a seed do not share their A."""
+    manager = AdapterManager(subject.model)
+    manager.add("one", subject.spec())
+    manager.add("two", subject.spec())
+
+    one, two = tensors(manager, "one"), tensors(manager, "two")
+    assert not any(torch.equal(one[path], two[path]) for path in one if path.endswith("lora_A"))
+
+
+def test_the_global_generator_is_left_alone(subject):
+    """Adding an adapter and running it with dropout draws nothing from torch's global generator."""
+    before = torch.get_rng_state()
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "math", subject.spec(dropout=0.5))
+    manager.train(True)
+    manager.activate("math")
+    subject.logits()
+
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_adding_disturbs_no_other_adapter(subject):
+    """A second adapter on more modules leaves the first one's tensors, logits and flags as they were."""
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "a", subject.spec(), seed=1)
+    manager.set_trainable("a", False)
+    manager.activate("a")
+    logits, weights = subject.logits(), tensors(manager, "a")
+
+    add_trained(manager, "b", subject.spec(target_modules="all-linear", r=2), seed=2)
+
+    assert torch.equal(subject.logits(), logits)
+    assert all(torch.equal(weights[path], parameter) for path, parameter in manager.parameters("a").items())
+    assert not any(parameter.requires_grad for parameter in manager.parameters("a").values())
+
+
+def test_removing_disturbs_no_other_adapter(subject):
+    """What is left after removing an adapter computes what it computed before."""
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "a", subject.spec(), seed=1)
+    add_trained(manager, "b", subject.spec(target_modules="all-linear"), seed=2)
+    manager.activate("a")
+    logits = subject.logits()
+
+    manager.remove("b")
+
+    assert torch.equal(subject.logits(), logits)
+    wrapped = [path for path, module in subject.model.named_modules() if isinstance(module, LoRALinear)]
+    assert sorted(f"{path}.lora_A" for path in wrapped) == sorted(
+        path for path in manager.parameters("a") if path.endswith("A")
+    )
+
+
+def test_removing_the_last_adapter_restores_the_model(subject):
+    """The very module objects, the state dict with its keys and tensors, and the logits are as before."""
+    modules, state = dict(subject.model.named_modules()), subject.model.state_dict()
+    base = subject.logits()
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "a", subject.spec(), seed=1)
+    add_trained(manager, "b", subject.spec(target_modules="all-linear"), seed=2)
+    assert list(subject.model.state_dict()) != list(state)
+    manager.activate("a")
+
+    manager.remove("a")
+    manager.remove("b")
+
+    restored = dict(subject.model.named_modules())
+    assert list(restored) == list(modules)
+    assert all(restored[path] is module for path, module in modules.items())
+    assert list(subject.model.state_dict()) == list(state)
+    assert torch.equal(subject.logits(), base)
+
+
+def test_the_base_is_frozen_and_thawed_as_it_was(subject):
+    """Every base parameter is frozen while an adapter is attached; then each requires gradients as before."""
+    parameters = dict(subject.model.named_parameters())
+    for i, parameter in enumerate(parameters.values()):
+        parameter.requires_grad_(i % 2 == 0)
+    manager = AdapterManager(subject.model)
+
+    manager.add("math", subject.spec())
+    assert not any(parameter.requires_grad for parameter in parameters.values())
+    manager.remove("math")
+
+    assert [parameter.requires_grad for parameter in parameters.values()] == [i % 2 == 0 for i in range(len(parameters))]
+
+
+def test_gradients_reach_only_trainable_adapters(subject):
+    """In a batch of a trainable and a frozen adapter and the base, only the trainable A and B get gradients."""
+    manager = AdapterManager(subject.model)
+    for i, name in enumerate(("learns", "stays")):
+        add_trained(manager, name, subject.spec(), seed=i)
+    manager.set_trainable("stays", False)
+
+    with manager.routed_rows(["learns", "stays", None]):
+        subject.model(subject.ids_BT, use_cache=False).logits.square().mean().backward()
+
+    given = {id(parameter) for parameter in subject.model.parameters() if parameter.grad is not None}
+    assert given == {id(parameter) for parameter in manager.parameters("learns").values()}
+    assert all(parameter.grad.abs().sum() > 0 for parameter in manager.parameters("learns").values())
+
+
+def test_mixed_gradients_equal_solo_gradients(subject):
+    """An adapter's gradients in a mixed batch are those of its row alone, up to rounding."""
+    manager = AdapterManager(subject.model)
+    for i, name in enumerate(("a", "b")):
+        add_trained(manager, name, subject.spec(), seed=i)
+
+    def gradients(names, rows):
+        with manager.routed_rows(names):
+            loss = subject.model(subject.ids_BT[rows], use_cache=False).logits.log_softmax(-1)[..., 3].sum()
+        return torch.autograd.grad(loss, list(manager.parameters("a").values()))
+
+    for mixed, solo in zip(gradients(["b", "a", None], [0, 1, 2]), gradients(["a"], [1]), strict=True):
+        torch.testing.assert_close(mixed, solo, rtol=1e-4, atol=1e-5)
+
+
+def test_training_changes_no_base_weight(subject):
+    """Optimizer steps over all of the model's trainable parameters lower the loss and leave the base bit-equal."""
+    manager = AdapterManager(subject.model)
+    before = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
+    originals = dict(subject.model.named_parameters())
+    manager.add("math", subject.spec(), seed=0)
+    manager.activate("math")
+    optimizer = torch.optim.AdamW([p for p in subject.model.parameters() if p.requires_grad], lr=0.01)
+
+    losses = []
+    for _ in range(10):
+        loss = subject.model(subject.ids_BT, labels=subject.ids_BT, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(parameter, before[name]) for name, parameter in originals.items())
+
+
+def test_opt_125m_has_the_known_counts():
+    """OPT-125M with r = 8 on q_proj and v_proj: 125,534,208 parameters, 294,912 of them (0.23 %) trainable."""
+    with torch.device("meta"):
+        model = OPTForCausalLM(OPTConfig())
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    manager = AdapterManager(model)
+
+    manager.add("math", LoraSpec(r=8, alpha=16, target_modules=["q_proj", "v_proj"]))
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == 125_534_208
+    assert manager.num_trainable() == 294_912 == 12 * 2 * 2 * 8 * 768
+    assert f"{100 * manager.num_trainable() / total:.2f}" == "0.23"
+
+
+@pytest.mark.parametrize("name", ["math.v2", "math_dv2", "math%2Ev2", "keys", "train", "weight", "q_proj", "ünï cödé"])
+def test_any_text_may_be_a_name(llama, name):
+    """Dots, names of module attributes and of modules are fine, and do not run into each other."""
+    manager = AdapterManager(llama.model)
+    for other in ("math.v2", "math_dv2", "math%2Ev2"):
+        if other != name:
+            manager.add(other, llama.spec())
+    base = llama.logits()
+
+    add_trained(manager, name, llama.spec())
+    manager.activate(name)
+    assert not torch.allclose(llama.logits(), base, atol=1e-2)
+
+    manager.remove(name)
+    assert name not in manager
+    assert torch.equal(llama.logits(), base)
+
+
+def test_list_and_contains(llama):
+    """The manager names what is attached, in order."""
+    manager = AdapterManager(llama.model)
+    manager.add("b", llama.spec())
+    manager.add("a", llama.spec())
+
+    assert manager.list() == ["b", "a"]
+    assert "a" in manager
+    assert "c" not in manager
+
+
+def test_a_taken_name_is_refused(llama):
+    """Adding under a name in use raises and leaves the adapter that has it."""
+    manager = AdapterManager(llama.model)
+    add_trained(manager, "math", llama.spec())
+    before = tensors(manager, "math")
+
+    with pytest.raises(StateConflict, match="'math' is attached already"):
+        manager.add("math", llama.spec(r=2))
+
+    assert all(torch.equal(before[path], parameter) for path, parameter in manager.parameters("math").items())
+
+
+def test_a_refused_adapter_leaves_nothing(llama):
+    """After an unknown target the model has its old modules, flags and no name."""
+    modules = dict(llama.model.named_modules())
+    manager = AdapterManager(llama.model)
+
+    with pytest.raises(UnknownTarget):
+        manager.add("math", llama.spec(target_modules=["q_proj", "nowhere"]))
+
+    assert manager.list() == []
+    assert dict(llama.model.named_modules()) == modules
+    assert all(parameter.requires_grad for parameter in llama.model.parameters())
+
+
+def test_a_second_manager_is_refused(llama):
+    """Two managers on one model would overrule each other's routing."""
+    AdapterManager(llama.model).add("math", llama.spec())
+
+    with pytest.raises(StateConflict, match="another AdapterManager"):
+        AdapterManager(llama.model).add("prose", llama.spec())
+
+
+def test_unknown_names_raise(llama):
+    """Each operation on a name that is not attached says so."""
+    manager = AdapterManager(llama.model)
+
+    for operation in (manager.remove, manager.parameters, manager.dropout_state, manager.snapshot, manager.spec):
+        with pytest.raises(NotFound, match="'math' is not attached; there are none"):
+            operation("math")
+
+
+def test_parameters_are_named_and_fp32(subject):
+    """Keys are module path and half, the order is the model's, each is fp32 also over a bfloat16 base."""
+    subject.model.to(torch.bfloat16)
+    manager = AdapterManager(subject.model)
+    paths = manager.add("math", subject.spec())
+
+    assert list(manager.parameters("math")) == [f"{path}.lora_{half}" for path in paths for half in "AB"]
+    assert {parameter.dtype for parameter in manager.parameters("math").values()} == {torch.float32}
+    manager.activate("math")
+    assert subject.logits().dtype == torch.bfloat16
+
+
+def test_dropout_resumes_exactly(subject):
+    """With the dropout state put back, training mode repeats the same logits bit for bit; without, it does not."""
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "math", subject.spec(dropout=0.5))
+    manager.activate("math")
+    manager.train(True)
+    state = manager.dropout_state("math")
+    first = subject.logits()
+    assert not torch.equal(subject.logits(), first)
+
+    manager.set_dropout_state("math", state)
+
+    assert torch.equal(subject.logits(), first)
+
+
+def test_the_seed_decides_dropout(subject):
+    """Two adapters of one seed start at the same dropout state, and it is not the one A was drawn from."""
+    manager = AdapterManager(subject.model)
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        manager.add(name, subject.spec(dropout=0.5), seed=seed)
+
+    assert torch.equal(manager.dropout_state("a"), manager.dropout_state("b"))
+    assert not torch.equal(manager.dropout_state("a"), manager.dropout_state("c"))
+    assert not torch.equal(manager.dropout_state("a"), torch.Generator().manual_seed(5).get_state())
+
+
+def test_train_leaves_the_base_in_eval_mode(subject):
+    """Switching the adapters' dropout on does not switch the base model's own dropout on."""
+    manager = AdapterManager(subject.model)
+    manager.add("math", subject.spec(dropout=0.5))
+    manager.train(True)
+    own = [m for m in subject.model.modules() if isinstance(m, nn.Dropout | nn.LayerNorm)]
+
+    assert not subject.model.training
+    assert not any(module.training for module in own)
+
+
+def test_a_snapshot_is_a_copy(subject):
+    """What training does later does not reach a snapshot, and a snapshot can be attached again."""
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "math", subject.spec())
+    manager.activate("math")
+    before, snapshot = subject.logits(), manager.snapshot("math")
+    with torch.no_grad():
+        for parameter in manager.parameters("math").values():
+            parameter.zero_()
+
+    manager.load_tensors("again", snapshot)
+    manager.activate("again")
+
+    assert torch.equal(subject.logits(), before)
+
+
+def test_a_loaded_adapter_is_not_trainable(subject):
+    """Attaching weights to serve them asks for no gradients; set_trainable does."""
+    manager = AdapterManager(subject.model)
+    add_trained(manager, "math", subject.spec())
+    snapshot, size = manager.snapshot("math"), manager.num_trainable()
+    manager.remove("math")
+
+    manager.load_tensors("math", snapshot)
+    assert manager.num_trainable() == 0
+    manager.set_trainable("math", True)
+    assert manager.num_trainable() == size > 0
+
+
+def test_a_model_without_transformers(request):
+    """The manager works on any torch model, here two layers in a row."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.ones(3, 4)
+    base = model(x)
+    manager = AdapterManager(model)
+
+    assert manager.add("math", LoraSpec(r=2, alpha=4, target_modules="all-linear"), seed=0) == ["0", "2"]
+    with torch.no_grad():
+        manager.parameters("math")["2.lora_B"].fill_(1.0)
+    with manager.routed_rows(["math", None, "math"]):
+        mixed = model(x)
+
+    assert torch.equal(mixed[1], base[1])
+    assert not torch.allclose(mixed[0], base[0])
