@@ -37,6 +37,15 @@ def base_around(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> B
     )
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several threads only get in each other's way on models this small; it also fixes the order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def llama_base(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> BaseModel:
     return base_around(tiny_llama, tiny_tokenizer)

@@ -1,6 +1,7 @@
 """Exact resume: a job that was interrupted gives, bit for bit, the adapter of one that was not."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,9 +59,35 @@ def disk_base(tiny_base: BaseModel) -> BaseModel:
     return replace(tiny_base, digest="d" * 64)
 
 
-@pytest.mark.parametrize("stopped_after", [1, 4, 8])
+@pytest.mark.parametrize("stopped_after", [1, 3, 8])
 def test_resumed_equals_uninterrupted(
     stopped_after: int,
+    disk_base: BaseModel,
+    recorder: Recorders,
+    train_file: Path,
+    engine_for: Engines,
+    tmp_path: Path,
+) -> None:
+    """k steps, a checkpoint and the other steps in another engine give the bytes of all steps at once.
+
+    After the first step, at the end of an epoch, and before the last step.
+    """
+    whole, first, second = (recorder(**SCHEDULE) for _ in range(3))
+    first.orders = {stopped_after: Order.PAUSE}
+    engine = engine_for(disk_base)
+    uninterrupted = adapter_bytes(engine, whole, train_file, tmp_path / "whole")
+    engine.submit(first.job(train_file)).result()
+    engine.close()
+    resumed = (
+        engine_for(disk_base).submit(second.job(train_file, resume_from=first.checkpoints[stopped_after])).result()
+    )
+    resumed.write_adapter(tmp_path / "resumed")
+
+    assert (tmp_path / "resumed" / "adapter_model.safetensors").read_bytes() == uninterrupted
+    assert [report.step for report in second.reports] == list(range(stopped_after + 1, 10))
+
+
+def test_resumed_in_a_new_process_equals_uninterrupted(
     disk_base: BaseModel,
     tiny_base_directory: Path,
     recorder: Recorders,
@@ -68,16 +95,17 @@ def test_resumed_equals_uninterrupted(
     engine_for: Engines,
     tmp_path: Path,
 ) -> None:
-    """k steps, a checkpoint, a new process and the other steps give the bytes and the counts of all steps at once."""
+    """Four steps, a checkpoint, a new process and five steps give the bytes and the counts of nine steps at once."""
     whole, first = recorder(**SCHEDULE), recorder(**SCHEDULE)
-    first.orders = {stopped_after: Order.PAUSE}
+    first.orders = {4: Order.PAUSE}
     engine = engine_for(disk_base)
     uninterrupted = adapter_bytes(engine, whole, train_file, tmp_path / "whole")
     engine.submit(first.job(train_file)).result()
-    arguments = [tiny_base_directory, train_file, first.checkpoints[stopped_after], tmp_path / "resumed"]
+    arguments = [tiny_base_directory, train_file, first.checkpoints[4], tmp_path / "resumed"]
     told = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments), first.spec.model_dump_json()],
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ).stdout  # fmt: skip
 
     assert (tmp_path / "resumed" / "adapter_model.safetensors").read_bytes() == uninterrupted
