@@ -1,0 +1,250 @@
+"""`lorad train`, `watch`, `jobs` and `cancel` against a server that keeps the contract."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.shared.client.conftest import Lorad
+from tests.shared.client.server import ContractServer, Script, message, metrics
+
+TRAIN = ("--base", "tiny", "--name", "nya")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "nya.jsonl"
+    file.write_text('{"text": "nya~"}\n')
+    return file
+
+
+def succeeding() -> Script:
+    first = [message(1, "started"), metrics(1, 4, 3.5)]
+    second = [metrics(2, 4, 2.5), metrics(3, 4, 1.5)]
+    return Script([("queued", []), ("running", first), ("running", second), ("succeeded", [metrics(4, 4, 0.5)])])
+
+
+def test_train_uploads_the_very_bytes(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """The service gets the file as it is, under its name, and the job names it."""
+    server.script = succeeding()
+
+    lorad("train", data, *TRAIN)
+
+    assert list(server.uploads.values()) == [("nya.jsonl", data.read_bytes())]
+    assert [job["training_file"] for job in server.jobs.values()] == list(server.uploads)
+
+
+def test_train_sends_only_what_was_asked(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """Without options the service chooses, so the body holds only model, name and file."""
+    lorad("train", data, *TRAIN, "--detach")
+
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    assert request.json == {"model": "tiny", "suffix": "nya", "training_file": next(iter(server.uploads))}
+
+
+def test_train_sends_every_option(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """Each option arrives in its place of the job's body."""
+    settings = ["--epochs=2", "--max-steps=9", "--batch-size=4", "--learning-rate=0.01", "--rank=4", "--alpha=8"]
+
+    lorad("train", data, *TRAIN, *settings, "--target=q_proj", "--target=v_proj", "--seed=7", "--detach")
+
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    body = request.json
+    assert body["method"] == {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
+    assert body["lora"] == {"r": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"]}
+    assert body["training"] == {"learning_rate": 0.01, "max_steps": 9}
+    assert body["seed"] == 7
+
+
+def test_zero_is_sent_and_not_taken_for_unset(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """A seed and a dropout of 0 are choices like any other."""
+    lorad("train", data, *TRAIN, "--seed=0", "--dropout=0", "--detach")
+
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    assert (request.json["seed"], request.json["lora"]) == (0, {"dropout": 0.0})
+
+
+def test_a_preset_target_is_sent_as_a_word(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """`--target all-linear` is the preset, not a module of that name."""
+    lorad("train", data, *TRAIN, "--target", "all-linear", "--detach")
+
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    assert request.json["lora"] == {"target_modules": "all-linear"}
+
+
+def test_a_preset_among_module_names_is_wrong_usage(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """A preset cannot be combined, and nothing is uploaded."""
+    ran = lorad("train", data, *TRAIN, "--target", "mlp", "--target", "q_proj")
+
+    assert ran.code == 2
+    assert server.seen == []
+
+
+def test_a_lost_submit_makes_one_job(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """A submit whose answer was lost is sent again with the same key, and there is one job."""
+    server.refuse_next = [(503, {})]
+    server.script = succeeding()
+
+    ran = lorad("train", data, *TRAIN)
+
+    assert ran.code == 0
+    assert len(server.jobs) == 1
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    assert request.headers["idempotency-key"]
+
+
+def test_two_runs_make_two_jobs(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """The key belongs to one run of the command: training again is another job."""
+    lorad("train", data, *TRAIN, "--detach")
+    lorad("train", data, *TRAIN, "--detach")
+
+    assert len(server.jobs) == 2
+
+
+def test_train_shows_progress_and_ends_with_the_adapter(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """The first and the last step's loss are shown, then how to talk to what was made; the exit status is 0."""
+    server.script = succeeding()
+
+    ran = lorad("train", data, *TRAIN)
+
+    assert ran.code == 0
+    assert "step 1/4  loss 3.5000  100 tokens/s  0:03 left" in ran.out
+    assert "step 4/4  loss 0.5000" in ran.out
+    assert ran.out.splitlines()[-1] == "nya@1 is ready; ask it with: lorad chat nya@1"
+
+
+def test_json_prints_job_every_event_once_and_the_end(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """Programs get the job, each event once and in order, and the job that is over."""
+    server.script = succeeding()
+
+    job, *events, end = lorad("train", data, *TRAIN, "--json").lines
+
+    assert job["status"] == "queued"
+    assert [e["message"] for e in events] == ["started", "step 1", "step 2", "step 3", "step 4"]
+    assert (end["id"], end["status"], end["fine_tuned_model"]) == (job["id"], "succeeded", "nya@1")
+
+
+def test_more_events_than_a_page_are_all_printed(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """Events that come faster than the client looks are not lost."""
+    server.script = Script([("running", []), ("succeeded", [metrics(n, 70, 1.0) for n in range(1, 71)])])
+
+    _, *events, _ = lorad("train", data, *TRAIN, "--json").lines
+
+    assert [e["data"]["step"] for e in events] == list(range(1, 71))
+
+
+def test_a_failed_job_exits_with_1_and_its_error(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """The job's own error is the last word, on standard error."""
+    server.script = Script([("failed", [])])
+
+    ran = lorad("train", data, *TRAIN)
+
+    assert ran.code == 1
+    assert "the loss is not finite (training_failed)" in ran.err
+
+
+def test_a_cancelled_job_exits_with_1(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """What was cancelled is no success."""
+    server.script = Script([("cancelled", [])])
+
+    ran = lorad("train", data, *TRAIN)
+
+    assert (ran.code, "cancelled" in ran.err) == (1, True)
+
+
+def test_a_bad_data_set_starts_no_job(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """The line at fault is named, and nothing is submitted."""
+    data.write_text("nya")
+
+    ran = lorad("train", data, *TRAIN)
+
+    assert (ran.code, server.jobs) == (1, {})
+    assert "line 1: not JSON" in ran.err
+
+
+def test_the_services_refusal_is_one_line(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """A refused parameter is named on one line."""
+    server.refuse_next = [(400, {"error": {"message": "at most 256", "param": "lora.r", "code": "invalid_value"}})]
+
+    assert lorad("train", data, *TRAIN).err == "lorad: at most 256 [lora.r]\n"
+
+
+def test_errors_are_json_too(server: ContractServer, lorad: Lorad) -> None:
+    """With --json, standard error holds the service's error object."""
+    ran = lorad("watch", "ftjob-0", "--json")
+
+    assert (ran.code, ran.out) == (1, "")
+    assert '"code": "not_found"' in ran.err
+
+
+def test_watch_follows_to_the_end(server: ContractServer, lorad: Lorad) -> None:
+    """A job can be watched by its id alone."""
+    job = server.create_job({}, None)
+    server.script = succeeding()
+
+    ran = lorad("watch", job["id"])
+
+    assert ran.code == 0
+    assert "step 4/4" in ran.out
+
+
+def test_watch_survives_an_outage(server: ContractServer, lorad: Lorad) -> None:
+    """An API that is away for a moment does not end the watching."""
+    job = server.create_job({}, None)
+    server.script = succeeding()
+    server.refuse_next = [(503, {}), (502, {})]
+
+    assert lorad("watch", job["id"]).code == 0
+
+
+def test_ctrl_c_detaches_without_cancelling(server: ContractServer, data: Path) -> None:
+    """SIGINT ends the command, which says how to watch again; no cancel is sent and the job goes on."""
+    server.script = Script([("running", [metrics(1, 4, 3.5)])])
+    command = [sys.executable, "-m", "shared.cli", "train", str(data), *TRAIN]
+    env = os.environ | {"LORAD_BASE_URL": server.url, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while "step 1/4" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+
+    assert (process.returncode, err) == (130, "")
+    assert f"lorad watch {next(iter(server.jobs))}" in out
+    assert not [request for request in server.seen if request.path.endswith("/cancel")]
+
+
+def test_cancel_is_sent_without_a_body(server: ContractServer, lorad: Lorad) -> None:
+    """`lorad cancel ID` asks the service and says what came of it."""
+    job = server.create_job({}, None)
+
+    ran = lorad("cancel", job["id"])
+
+    (request,) = server.requests("POST", f"/fine_tuning/jobs/{job['id']}/cancel")
+    assert (request.body, ran.code, ran.out) == (b"", 0, f"{job['id']} is cancelled\n")
+
+
+def test_jobs_are_listed_newest_first(server: ContractServer, lorad: Lorad) -> None:
+    """One JSON object per job, at most as many as asked for."""
+    made = [server.create_job({"n": n}, None)["id"] for n in range(4)]
+
+    assert [job["id"] for job in lorad("jobs", "--limit", 3, "--json").lines] == made[:0:-1]
+
+
+def test_no_jobs_is_said(lorad: Lorad) -> None:
+    """An empty list tells people how to begin, and programs nothing."""
+    assert "lorad train" in lorad("jobs").out
+    assert lorad("jobs", "--json").out == ""
+
+
+def test_a_wrong_setting_is_one_line_and_exit_2(lorad: Lorad, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LORAD_ variable that is not a setting stops the command before anything is sent."""
+    monkeypatch.setenv("LORAD_PROT", "1")
+
+    ran = lorad("jobs")
+
+    assert (ran.code, ran.err) == (2, "lorad: LORAD_PROT is not a setting\n")
