@@ -37,7 +37,7 @@ class Up:
     def find(self, word: str) -> list[psutil.Process]:
         """Its programs with `word` on their command line, outermost first."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in children if any(word in argument for argument in p.cmdline())]
+        return [p for p in children if any(word in argument for argument in command_line(p))]
 
     def is_ready(self) -> bool:
         try:
@@ -117,8 +117,18 @@ def wait_for(what: str, condition: Callable[[], object], timeout_s: float = STAR
         time.sleep(0.05)
 
 
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # or a zombie
+        return []
+
+
 def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def sockets_in(directory: Path) -> list[Path]:
