@@ -72,6 +72,7 @@ class TrainingRun:
             self._optimizer = AdapterOptimizer(self._parameters, job.spec, total_steps=self.total_steps)
             if job.resume_from is not None:
                 self._resume(Checkpoint.read(job.resume_from))
+            self._report_start()
             yield
         finally:
             self._manager.train(False)
@@ -228,6 +229,15 @@ class TrainingRun:
             message += f"; {report.num_dropped} without any label were dropped"
         level: Literal["info", "warn"] = "warn" if report.num_truncated or report.num_dropped else "info"
         self.job.on_event(level, "message", message, report.to_json())
+
+    def _report_start(self) -> None:
+        trainable = sum(p.numel() for p in self._parameters.values())
+        total = sum(p.numel() for p in self._base.model.parameters())
+        message = f"Training starts: {self.steps_left()} steps, {trainable:,} of {total:,} parameters"
+        data: dict[str, Json] = {
+            "step": self.step, "total_steps": self.total_steps, "trainable_parameters": trainable, "parameters": total
+        }  # fmt: skip
+        self.job.on_event("info", "message", message, data)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         header = self._header()

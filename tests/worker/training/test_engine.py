@@ -206,6 +206,19 @@ def test_metrics_events(llama_base: BaseModel, recorder: Recorders, train_file: 
     assert seen.metrics()[-1] == result.metrics
 
 
+def test_start_event(llama_base: BaseModel, recorder: Recorders, train_file: Path, engine_for: Engines) -> None:
+    """The start is told with the steps to come and how much is trained: r (in + out) numbers per module."""
+    seen = recorder(lora={"r": 3, "target_modules": ["q_proj", "v_proj"]})
+    base_parameters = sum(p.numel() for p in llama_base.model.parameters())
+    engine_for(llama_base).submit(seen.job(train_file)).result()
+    _, _, message, data = seen.events[1]
+
+    assert message.startswith("Training starts: 6 steps")
+    # Two layers; q_proj is 32 to 32, v_proj 32 to 16 wide.
+    assert data["trainable_parameters"] == 2 * 3 * (32 + 32 + 32 + 16)
+    assert data["parameters"] == base_parameters + data["trainable_parameters"]
+
+
 def test_validation(
     llama_base: BaseModel, recorder: Recorders, train_file: Path, engine_for: Engines, write_lines: Lines
 ) -> None:
