@@ -1,7 +1,6 @@
 """Target names and presets, on a tiny model of each supported architecture."""
 
 import pytest
-import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,9 +67,8 @@ def test_preset_names_select_what_the_preset_selects(model_type, preset):
     paths = resolve_targets(model, preset)
 
     assert paths == resolve_targets(model, preset_leaf_names(model)[preset])
-    assert {path.split(".")[-3] for path in paths if "project_" not in path} >= {"0", "1"} or any(
-        ".0." in path for path in paths
-    )
+    first, second = ([path for path in paths if f".{i}." in path] for i in (0, 1))
+    assert [path.replace(".0.", ".1.") for path in first] == second != []
 
 
 @pytest.mark.parametrize(
@@ -164,4 +162,5 @@ def test_the_parts_of_attention_and_mlp_are_disjoint(tiny_opt):
 
     assert not attention & mlp
     assert attention | mlp == everything
-    assert torch.nn.Linear in {type(tiny_opt.get_submodule(path)) for path in everything}
+    assert attention
+    assert mlp
