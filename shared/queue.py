@@ -32,6 +32,8 @@ MAX_DOORBELLS: Final = 100
 MAX_WAITING: Final = 1000
 """Generation requests that may wait for one base model."""
 CHUNKS_EXPIRE_S: Final = 600
+MAX_CONNECTIONS: Final = 32
+"""Messages that one process publishes at the same moment."""
 BLOCK_MS: Final = 1000
 
 
@@ -117,6 +119,8 @@ class Queue:
         self._celery = celery_app(broker_url, timeout_s=TIMEOUT_S)
         # Kombu retries the connection for ever unless told not to, whatever the publisher's own retry policy says.
         self._celery.conf.broker_transport_options |= {"max_retries": 0}
+        # A pool of our own: Celery's is shared by all applications of the process, and closing it closes theirs.
+        self._connections = self._celery.connection_for_write().Pool(limit=MAX_CONNECTIONS)
         self._client: redis.Redis = redis.Redis.from_url(
             broker_url,
             socket_timeout=TIMEOUT_S,
@@ -164,7 +168,7 @@ class Queue:
 
     def close(self) -> None:
         """Close all connections; the next use opens new ones."""
-        self._celery.pool.force_close_all()
+        self._connections.force_close_all(close_pool=False)
         self._client.close()
 
     def _waiting(self, queue: str) -> int:
@@ -175,7 +179,16 @@ class Queue:
 
     def _send(self, task: str, queue: str, arguments: list[Any], *, expires: float | None = None) -> None:
         try:
-            self._celery.send_task(task, arguments, queue=queue, expires=expires, retry=False, ignore_result=True)
+            with self._connections.acquire(block=True) as connection:
+                self._celery.send_task(
+                    task,
+                    arguments,
+                    queue=queue,
+                    expires=expires,
+                    retry=False,
+                    ignore_result=True,
+                    connection=connection,
+                )
         except (OperationalError, redis.RedisError, OSError) as error:
             raise Unavailable("the broker does not answer") from error
 

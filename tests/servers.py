@@ -126,9 +126,9 @@ class Postgres:
     def url(self, database: str) -> str:
         return f"postgresql+psycopg://lorad@127.0.0.1:{self.port}/{database}"
 
-    def execute(self, statement: str) -> None:
+    def execute(self, statement: str, *, database: str = "postgres") -> None:
         """Run one statement on the server, outside any transaction."""
-        with psycopg.connect(_dsn(self.port), autocommit=True) as connection:
+        with psycopg.connect(_dsn(self.port, database), autocommit=True) as connection:
             connection.execute(statement.encode())
 
 
@@ -164,8 +164,8 @@ def run_postgres(*, port: int | None = None) -> Iterator[Postgres]:
             yield Postgres(port, pid)
 
 
-def _dsn(port: int) -> str:
-    return f"host=127.0.0.1 port={port} user=lorad dbname=postgres"
+def _dsn(port: int, database: str = "postgres") -> str:
+    return f"host=127.0.0.1 port={port} user=lorad dbname={database}"
 
 
 def _unprivileged(place: Path) -> str:
