@@ -201,6 +201,7 @@ class InferenceEngine:
             self._rows[row] = last
         self._forward.remove(row)
         self._release(answer)
+        self._may_admit = True
 
     def _release(self, answer: Answer) -> None:
         if answer.adapter is not None:
