@@ -1,6 +1,5 @@
 """The three tiny models in turn, and adapters that do something."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -10,9 +9,11 @@ from transformers import PreTrainedModel
 
 from worker.lora import AdapterManager, LoraSpec
 
-TARGETS = {"opt": ["q_proj", "v_proj", "fc1"], "gpt2": ["c_attn", "mlp.c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}  # fmt: skip
-
-Logits = Callable[[torch.nn.Module], Tensor]
+TARGETS = {
+    "opt": ["q_proj", "v_proj", "fc1"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "llama": ["q_proj", "v_proj", "down_proj"],
+}
 
 
 @dataclass

@@ -1,21 +1,25 @@
 """The files: what is in them, and how strictly they are read and fitted to a base model."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from shared.errors import IncompatibleAdapter
-from tests.worker.lora.conftest import add_trained
+from tests.worker.lora.conftest import Subject, add_trained
 from worker.lora import AdapterManager, LoraSpec, read_adapter, write_adapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture
-def stored(llama, tmp_path):
+def stored(llama: Subject, tmp_path: Path) -> Path:
     """A directory with a good adapter for the tiny Llama, which is bare again."""
     manager = AdapterManager(llama.model)
     add_trained(manager, "math", llama.spec())
@@ -24,23 +28,23 @@ def stored(llama, tmp_path):
     return tmp_path / "math"
 
 
-def change_config(directory, **changes):
+def change_config(directory: Path, **changes: object) -> None:
     path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def change_tensors(directory, change):
+def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     path = directory / "adapter_model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def key(path, half):
+def key(path: str, half: str) -> str:
     return f"base_model.model.{path}.lora_{half}.weight"
 
 
-def refusal(llama, directory):
+def refusal(llama: Subject, directory: Path) -> IncompatibleAdapter:
     """The one error that loading raises; the model must be untouched after it."""
     modules = dict(llama.model.named_modules())
     manager = AdapterManager(llama.model)
@@ -51,7 +55,7 @@ def refusal(llama, directory):
     return caught.value
 
 
-def test_the_directory_holds_three_files(stored):
+def test_the_directory_holds_three_files(stored: Path) -> None:
     """Tensors, config and model card; nothing else, no subfolder."""
     assert sorted(path.name for path in stored.iterdir()) == [
         "README.md",
@@ -60,19 +64,20 @@ def test_the_directory_holds_three_files(stored):
     ]
 
 
-def test_the_tensor_file_is_pefts(stored):
+def test_the_tensor_file_is_pefts(stored: Path) -> None:
     """Keys are prefix, module path and half; tensors are fp32; the metadata says 'pt'."""
     with safetensors.safe_open(stored / "adapter_model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
-        shapes = {name: tuple(file.get_tensor(name).shape) for name in file.keys()}
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     assert shapes[key(Q0, "A")] == (4, 32)
     assert shapes[key(Q0, "B")] == (32, 4)
     assert len(shapes) == 2 * 2 * 3
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_the_config_is_pefts(stored):
+def test_the_config_is_pefts(stored: Path) -> None:
     """The fields that PEFT and serving engines read, with the values of this adapter."""
     config = json.loads((stored / "adapter_config.json").read_text())
 
@@ -88,7 +93,7 @@ def test_the_config_is_pefts(stored):
     assert config["fan_in_fan_out"] is False
 
 
-def test_conv1d_is_declared(tiny_gpt2, tmp_path):
+def test_conv1d_is_declared(tiny_gpt2: PreTrainedModel, tmp_path: Path) -> None:
     """For GPT-2, whose layers store (I, O), fan_in_fan_out is true; A and B stay (R, I) and (O, R)."""
     manager = AdapterManager(tiny_gpt2)
     manager.add("math", LoraSpec(r=4, alpha=4, target_modules=["c_attn"]))
@@ -100,7 +105,7 @@ def test_conv1d_is_declared(tiny_gpt2, tmp_path):
     assert tuple(tensors[key("transformer.h.0.attn.c_attn", "B")].shape) == (96, 4)
 
 
-def test_the_card_names_the_base_safely(llama, tmp_path):
+def test_the_card_names_the_base_safely(llama: Subject, tmp_path: Path) -> None:
     """A base model name cannot end its YAML line and add fields of its own."""
     manager = AdapterManager(llama.model)
     manager.add("math", llama.spec())
@@ -111,7 +116,7 @@ def test_the_card_names_the_base_safely(llama, tmp_path):
     assert "\nlicense:" not in card
 
 
-def test_the_same_adapter_gives_the_same_bytes(llama, stored, tmp_path):
+def test_the_same_adapter_gives_the_same_bytes(llama: Subject, stored: Path, tmp_path: Path) -> None:
     """Reading and writing again reproduces every file."""
     adapter = read_adapter(stored)
     write_adapter(tmp_path / "again", adapter, base_model_name=adapter.base_model_name)
@@ -120,7 +125,7 @@ def test_the_same_adapter_gives_the_same_bytes(llama, stored, tmp_path):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_reading_keeps_nothing_open(llama, stored):
+def test_reading_keeps_nothing_open(llama: Subject, stored: Path) -> None:
     """What was read stays as it was when the file is overwritten: it is no map of the file."""
     adapter = read_adapter(stored)
     before = adapter.tensors[Q0][1].clone()
@@ -133,7 +138,7 @@ def test_reading_keeps_nothing_open(llama, stored):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_read_as_fp32(stored, dtype):
+def test_half_precision_is_read_as_fp32(stored: Path, dtype: torch.dtype) -> None:
     """F16 and BF16 tensors are widened, each value exactly."""
     narrow = {k: v.to(dtype) for k, v in load_file(stored / "adapter_model.safetensors").items()}
     change_tensors(stored, lambda tensors: tensors.update(narrow))
@@ -143,19 +148,20 @@ def test_half_precision_is_read_as_fp32(stored, dtype):
     assert torch.equal(a, narrow[key(Q0, "A")].float())
 
 
-def test_missing_fields_have_pefts_defaults(llama, stored):
+def test_missing_fields_have_pefts_defaults(llama: Subject, stored: Path) -> None:
     """r and lora_alpha are 8 and dropout 0 where the file does not say."""
     path = stored / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": llama.targets, "rank_pattern": {"q_proj": 4, "v_proj": 4, "down_proj": 4}}))  # fmt: skip
+    ranks = dict.fromkeys(llama.targets, 4)
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": llama.targets, "rank_pattern": ranks}))
 
     spec = read_adapter(stored).spec
     assert (spec.r, spec.alpha, spec.dropout, spec.use_rslora) == (8, 8.0, 0.0, False)
 
 
-def test_every_mismatch_is_in_one_error(llama, stored):
+def test_every_mismatch_is_in_one_error(llama: Subject, stored: Path) -> None:
     """A module that does not exist, a wrong width, a missing and an untargeted one: all are named together."""
 
-    def spoil(tensors):
+    def spoil(tensors: dict[str, Tensor]) -> None:
         for half in "AB":
             tensors[key("model.layers.9.self_attn.q_proj", half)] = tensors[key(Q0, half)].clone()
             tensors[key("model.layers.1.self_attn.o_proj", half)] = torch.ones((4, 32) if half == "A" else (32, 4))
@@ -173,16 +179,16 @@ def test_every_mismatch_is_in_one_error(llama, stored):
     assert error.param == "adapter_model"
 
 
-def test_an_adapter_of_another_base_is_refused(tiny_opt, stored):
+def test_an_adapter_of_another_base_is_refused(tiny_opt: PreTrainedModel, stored: Path) -> None:
     """An adapter trained on Llama does not attach to OPT."""
     with pytest.raises(IncompatibleAdapter, match="no such linear module"):
         AdapterManager(tiny_opt).load("math", stored)
 
 
-def test_many_mismatches_are_counted(llama, stored):
+def test_many_mismatches_are_counted(llama: Subject, stored: Path) -> None:
     """Of very many problems the first are shown and the rest are counted."""
 
-    def spoil(tensors):
+    def spoil(tensors: dict[str, Tensor]) -> None:
         for i in range(50):
             for half in "AB":
                 tensors[key(f"extra.{i}", half)] = tensors[key(Q0, half)].clone()
@@ -193,7 +199,7 @@ def test_many_mismatches_are_counted(llama, stored):
     assert refusal(llama, stored).message.endswith("; and 42 more")
 
 
-def test_an_adapted_head_is_refused(llama, stored):
+def test_an_adapted_head_is_refused(llama: Subject, stored: Path) -> None:
     """Tensors for lm_head do not fit, also where target_modules name it."""
     change_tensors(
         stored,
@@ -229,7 +235,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize(("field", "value"), UNSUPPORTED.items(), ids=UNSUPPORTED)
-def test_what_we_do_not_compute_is_refused_by_name(llama, stored, field, value):
+def test_what_we_do_not_compute_is_refused_by_name(llama: Subject, stored: Path, field: str, value: object) -> None:
     """Each option that would change what the adapter computes is named, not ignored."""
     change_config(stored, **{field: value})
 
@@ -253,7 +259,7 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize(("field", "value"), NEUTRAL.items(), ids=NEUTRAL)
-def test_what_changes_nothing_is_accepted(llama, stored, field, value):
+def test_what_changes_nothing_is_accepted(llama: Subject, stored: Path, field: str, value: object) -> None:
     """Options that are off, and fields that only describe, do not keep a good adapter out."""
     change_config(stored, **{field: value})
 
@@ -277,14 +283,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
-def test_a_wrong_value_is_refused_by_name(llama, stored, field, value):
+def test_a_wrong_value_is_refused_by_name(llama: Subject, stored: Path, field: str, value: object) -> None:
     """Types and ranges are checked field by field, and the message names the field."""
     change_config(stored, **{field: value})
 
     assert field in refusal(llama, stored).message
 
 
-def test_all_wrong_fields_are_in_one_error(llama, stored):
+def test_all_wrong_fields_are_in_one_error(llama: Subject, stored: Path) -> None:
     """The reader does not stop at the first problem."""
     change_config(stored, r=0, use_dora=True, lora_alpha=-1, modules_to_save=["x"])
 
@@ -292,7 +298,7 @@ def test_all_wrong_fields_are_in_one_error(llama, stored):
     assert all(field in message for field in ("r is 0", "use_dora", "lora_alpha is -1", "modules_to_save"))
 
 
-def test_the_rank_must_be_the_configs(llama, stored):
+def test_the_rank_must_be_the_configs(llama: Subject, stored: Path) -> None:
     """An r that is not the tensors' is refused: the scale alpha / r would be wrong without a word."""
     change_config(stored, r=8)
 

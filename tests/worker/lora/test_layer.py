@@ -45,7 +45,7 @@ def expected(wrapped: nn.Module, layer: LoRALinear, x: Tensor, name: str = "math
     return wrapped(x) + low.scaling * (x @ low.lora_A.T) @ low.lora_B.T
 
 
-def test_forward_is_the_formula(wrapped):
+def test_forward_is_the_formula(wrapped: nn.Module) -> None:
     """y = x W^T + b + s (x A^T) B^T, for nn.Linear and for Conv1D with its transposed weight."""
     layer, x = lora(wrapped, routing.whole("math")), random(2, 4, IN)
 
@@ -54,14 +54,14 @@ def test_forward_is_the_formula(wrapped):
 
 
 @pytest.mark.parametrize("shape", [(4, IN), (2, 4, IN), (2, 2, 2, IN)])
-def test_any_leading_shape_is_kept(wrapped, shape):
+def test_any_leading_shape_is_kept(wrapped: nn.Module, shape: tuple[int, ...]) -> None:
     """An adapter for the whole input works on x (..., I) of any number of dimensions."""
     layer, x = lora(wrapped, routing.whole("math")), random(*shape)
 
     torch.testing.assert_close(layer(x), expected(wrapped, layer, x))
 
 
-def test_unrouted_is_the_wrapped_layer_bit_for_bit(wrapped):
+def test_unrouted_is_the_wrapped_layer_bit_for_bit(wrapped: nn.Module) -> None:
     """With no adapter routed, and with one routed that this layer lacks, the output is the wrapped layer's."""
     layer, x = lora(wrapped, routing.BASE), random(2, 4, IN)
     assert torch.equal(layer(x), wrapped(x))
@@ -70,7 +70,7 @@ def test_unrouted_is_the_wrapped_layer_bit_for_bit(wrapped):
     assert torch.equal(layer(x), wrapped(x))
 
 
-def test_gradients_agree_with_numeric_ones(wrapped):
+def test_gradients_agree_with_numeric_ones(wrapped: nn.Module) -> None:
     """dx, dA and dB of the hand-written backward pass agree with finite differences in float64, with dropout,
     two adapters, adjacent and scattered rows."""
     x = random(6, 2, IN, dtype=torch.float64).requires_grad_()
@@ -87,7 +87,7 @@ def test_gradients_agree_with_numeric_ones(wrapped):
     assert torch.autograd.gradcheck(forward, (x, *weights))
 
 
-def test_gradients_agree_with_autograd(wrapped):
+def test_gradients_agree_with_autograd(wrapped: nn.Module) -> None:
     """The hand-written backward pass gives what autograd gives for the formula written out."""
     layer, x = lora(wrapped, routing.whole("math")), random(3, 4, IN).requires_grad_()
     low, dy = layer.update("math"), random(3, 4, OUT, seed=9)
@@ -100,7 +100,7 @@ def test_gradients_agree_with_autograd(wrapped):
         torch.testing.assert_close(given, wanted)
 
 
-def test_only_a_and_b_get_gradients(wrapped):
+def test_only_a_and_b_get_gradients(wrapped: nn.Module) -> None:
     """The wrapped weight and bias stay frozen while wrapped, and the backward pass leaves them none."""
     layer = lora(wrapped, routing.whole("math"))
 
@@ -113,20 +113,20 @@ def test_only_a_and_b_get_gradients(wrapped):
 
 
 @pytest.mark.parametrize("flags", [(True, True), (False, True), (False, False)])
-def test_unwrap_restores_requires_grad(flags):
+def test_unwrap_restores_requires_grad(flags: tuple[bool, bool]) -> None:
     """The wrapped layer comes back as the same object, requiring gradients parameter by parameter as before."""
     linear = nn.Linear(IN, OUT)
     linear.weight.requires_grad_(flags[0])
     linear.bias.requires_grad_(flags[1])
     layer = LoRALinear(linear, Routing())
-    assert not (linear.weight.requires_grad or linear.bias.requires_grad)
+    assert not any(parameter.requires_grad for parameter in linear.parameters())
 
     assert layer.unwrap() is linear
     assert (linear.weight.requires_grad, linear.bias.requires_grad) == flags
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_output_follows_the_inputs_dtype(wrapped, dtype):
+def test_output_follows_the_inputs_dtype(wrapped: nn.Module, dtype: torch.dtype) -> None:
     """A layer in another dtype answers in it, while A, B and their gradients stay fp32."""
     wrapped.to(dtype)
     layer, x = lora(wrapped, routing.whole("math")), random(4, IN).to(dtype)
@@ -142,7 +142,7 @@ def test_output_follows_the_inputs_dtype(wrapped, dtype):
     torch.testing.assert_close(y.float(), exact, rtol=2**-6, atol=0.1 if dtype == torch.bfloat16 else 1e-5)
 
 
-def test_dropout_acts_in_training_mode_only():
+def test_dropout_acts_in_training_mode_only() -> None:
     """In training mode the update is random, in eval mode exactly the formula."""
     linear = nn.Linear(IN, OUT)
     layer, x = lora(linear, routing.whole("math"), dropout=0.5), random(8, IN)
@@ -152,7 +152,7 @@ def test_dropout_acts_in_training_mode_only():
     torch.testing.assert_close(layer(x), expected(linear, layer, x))
 
 
-def test_dropout_spares_the_base():
+def test_dropout_spares_the_base() -> None:
     """Dropout reaches the update only: with B zero, training mode gives the wrapped layer's output bit for bit."""
     linear = nn.Linear(IN, OUT)
     layer, x = lora(linear, routing.whole("math"), dropout=0.9), random(8, IN)
@@ -162,7 +162,7 @@ def test_dropout_spares_the_base():
     assert torch.equal(layer(x), linear(x))
 
 
-def test_dropout_keeps_the_mean():
+def test_dropout_keeps_the_mean() -> None:
     """Inverted dropout: kept inputs are scaled by 1/(1-p), so the update's mean over many draws is the update."""
     linear = nn.Linear(IN, OUT)
     layer, x = lora(linear, routing.whole("math"), dropout=0.3), random(IN).expand(20_000, IN)
@@ -173,7 +173,7 @@ def test_dropout_keeps_the_mean():
     torch.testing.assert_close(mean, wanted, rtol=0, atol=0.5)
 
 
-def test_dropout_draws_from_its_own_generator():
+def test_dropout_draws_from_its_own_generator() -> None:
     """The same generator state gives the same mask, whatever the global generator does and another adapter draws."""
     layer, x = lora(nn.Linear(IN, OUT), routing.whole("a"), dropout=0.5, names=("a", "b")), random(8, IN)
     state = layer.update("a").draws.get_state()
@@ -190,7 +190,7 @@ def test_dropout_draws_from_its_own_generator():
     assert torch.equal(torch.get_rng_state(), global_state)
 
 
-def test_dropout_does_not_depend_on_neighbours():
+def test_dropout_does_not_depend_on_neighbours() -> None:
     """A row's tokens meet the same mask alone as between rows of another adapter: fused training is solo training."""
     layer, x = lora(nn.Linear(IN, OUT), routing.whole("a"), dropout=0.5, names=("a", "b")), random(6, 4, IN)
     state = layer.update("a").draws.get_state()
@@ -202,7 +202,7 @@ def test_dropout_does_not_depend_on_neighbours():
     torch.testing.assert_close(layer(x)[[1, 2, 5]], solo)
 
 
-def test_a_starts_as_a_linear_weight_does():
+def test_a_starts_as_a_linear_weight_does() -> None:
     """A is U(-1/sqrt(I), 1/sqrt(I)): inside the bound, with that distribution's variance 1/(3 I), from one seed."""
     a = initial_a(200, 400, draws(3))
 
@@ -212,7 +212,7 @@ def test_a_starts_as_a_linear_weight_does():
     assert not torch.equal(a, initial_a(200, 400, draws(4)))
 
 
-def test_wrong_shapes_are_refused():
+def test_wrong_shapes_are_refused() -> None:
     """A and B that do not fit the layer raise, and name both."""
     layer = lora(nn.Linear(IN, OUT), routing.BASE)
     low = LowRank(random(RANK, IN + 1), random(OUT, RANK), scaling=1.0, dropout=0.0, draws=draws())
@@ -221,7 +221,7 @@ def test_wrong_shapes_are_refused():
         layer.attach("more", low)
 
 
-def test_mode_of_the_wrapped_layer_is_taken_over():
+def test_mode_of_the_wrapped_layer_is_taken_over() -> None:
     """Wrapping a layer in eval mode does not switch dropout on."""
     layer = lora(nn.Linear(IN, OUT).eval(), routing.BASE, dropout=0.5)
 

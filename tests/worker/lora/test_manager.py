@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from shared.errors import NotFound, StateConflict, UnknownTarget
-from tests.worker.lora.conftest import add_trained
+from tests.worker.lora.conftest import Subject, add_trained
 from worker.lora import AdapterManager, LoRALinear, LoraSpec
 
 
-def tensors(manager, name):
+def tensors(manager: AdapterManager, name: str) -> dict[str, Tensor]:
     return {path: parameter.detach().clone() for path, parameter in manager.parameters(name).items()}
 
 
-def test_a_new_adapter_changes_nothing(subject):
+def test_a_new_adapter_changes_nothing(subject: Subject) -> None:
     """B starts at zero, so the active new adapter gives the base's logits bit for bit."""
     base = subject.logits()
     manager = AdapterManager(subject.model)
@@ -25,7 +25,7 @@ def test_a_new_adapter_changes_nothing(subject):
     assert torch.equal(subject.logits(), base)
 
 
-def test_a_trained_adapter_acts_only_while_active(subject):
+def test_a_trained_adapter_acts_only_while_active(subject: Subject) -> None:
     """Activated it changes the logits, deactivated they are the base's bit for bit."""
     base = subject.logits()
     manager = AdapterManager(subject.model)
@@ -39,7 +39,7 @@ def test_a_trained_adapter_acts_only_while_active(subject):
     assert torch.equal(subject.logits(), base)
 
 
-def test_a_then_b_then_a(subject):
+def test_a_then_b_then_a(subject: Subject) -> None:
     """Switching to another adapter and back gives the first one's logits bit for bit."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "a", subject.spec(), seed=1)
@@ -55,7 +55,7 @@ def test_a_then_b_then_a(subject):
     assert not torch.allclose(other, first, atol=1e-2)
 
 
-def test_the_seed_decides_a(subject):
+def test_the_seed_decides_a(subject: Subject) -> None:
     """The same seed gives the same A whatever was added before; another seed another A."""
     manager = AdapterManager(subject.model)
     manager.add("one", subject.spec(), seed=7)
@@ -67,7 +67,7 @@ def test_the_seed_decides_a(subject):
     assert not any(torch.equal(one[path], other[path]) for path in one if path.endswith("lora_A"))
 
 
-def test_without_a_seed_adapters_differ(subject):
+def test_without_a_seed_adapters_differ(subject: Subject) -> None:
     """Two adapters added without a seed do not share their A."""
     manager = AdapterManager(subject.model)
     manager.add("one", subject.spec())
@@ -77,7 +77,7 @@ def test_without_a_seed_adapters_differ(subject):
     assert not any(torch.equal(one[path], two[path]) for path in one if path.endswith("lora_A"))
 
 
-def test_the_global_generator_is_left_alone(subject):
+def test_the_global_generator_is_left_alone(subject: Subject) -> None:
     """Adding an adapter and running it with dropout draws nothing from torch's global generator."""
     before = torch.get_rng_state()
     manager = AdapterManager(subject.model)
@@ -89,7 +89,7 @@ def test_the_global_generator_is_left_alone(subject):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_adding_disturbs_no_other_adapter(subject):
+def test_adding_disturbs_no_other_adapter(subject: Subject) -> None:
     """A second adapter on more modules leaves the first one's tensors, logits and flags as they were."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "a", subject.spec(), seed=1)
@@ -104,7 +104,7 @@ def test_adding_disturbs_no_other_adapter(subject):
     assert not any(parameter.requires_grad for parameter in manager.parameters("a").values())
 
 
-def test_removing_disturbs_no_other_adapter(subject):
+def test_removing_disturbs_no_other_adapter(subject: Subject) -> None:
     """What is left after removing an adapter computes what it computed before."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "a", subject.spec(), seed=1)
@@ -121,7 +121,7 @@ def test_removing_disturbs_no_other_adapter(subject):
     )
 
 
-def test_removing_the_last_adapter_restores_the_model(subject):
+def test_removing_the_last_adapter_restores_the_model(subject: Subject) -> None:
     """The very module objects, the state dict with its keys and tensors, and the logits are as before."""
     modules, state = dict(subject.model.named_modules()), subject.model.state_dict()
     base = subject.logits()
@@ -141,7 +141,7 @@ def test_removing_the_last_adapter_restores_the_model(subject):
     assert torch.equal(subject.logits(), base)
 
 
-def test_the_base_is_frozen_and_thawed_as_it_was(subject):
+def test_the_base_is_frozen_and_thawed_as_it_was(subject: Subject) -> None:
     """Every base parameter is frozen while an adapter is attached; then each requires gradients as before."""
     parameters = dict(subject.model.named_parameters())
     for i, parameter in enumerate(parameters.values()):
@@ -152,10 +152,12 @@ def test_the_base_is_frozen_and_thawed_as_it_was(subject):
     assert not any(parameter.requires_grad for parameter in parameters.values())
     manager.remove("math")
 
-    assert [parameter.requires_grad for parameter in parameters.values()] == [i % 2 == 0 for i in range(len(parameters))]
+    assert [parameter.requires_grad for parameter in parameters.values()] == [
+        i % 2 == 0 for i in range(len(parameters))
+    ]
 
 
-def test_gradients_reach_only_trainable_adapters(subject):
+def test_gradients_reach_only_trainable_adapters(subject: Subject) -> None:
     """In a batch of a trainable and a frozen adapter and the base, only the trainable A and B get gradients."""
     manager = AdapterManager(subject.model)
     for i, name in enumerate(("learns", "stays")):
@@ -170,13 +172,13 @@ def test_gradients_reach_only_trainable_adapters(subject):
     assert all(parameter.grad.abs().sum() > 0 for parameter in manager.parameters("learns").values())
 
 
-def test_mixed_gradients_equal_solo_gradients(subject):
+def test_mixed_gradients_equal_solo_gradients(subject: Subject) -> None:
     """An adapter's gradients in a mixed batch are those of its row alone, up to rounding."""
     manager = AdapterManager(subject.model)
     for i, name in enumerate(("a", "b")):
         add_trained(manager, name, subject.spec(), seed=i)
 
-    def gradients(names, rows):
+    def gradients(names: list[str | None], rows: list[int]) -> tuple[Tensor, ...]:
         with manager.routed_rows(names):
             loss = subject.model(subject.ids_BT[rows], use_cache=False).logits.log_softmax(-1)[..., 3].sum()
         return torch.autograd.grad(loss, list(manager.parameters("a").values()))
@@ -185,7 +187,7 @@ def test_mixed_gradients_equal_solo_gradients(subject):
         torch.testing.assert_close(mixed, solo, rtol=1e-4, atol=1e-5)
 
 
-def test_training_changes_no_base_weight(subject):
+def test_training_changes_no_base_weight(subject: Subject) -> None:
     """Optimizer steps over all of the model's trainable parameters lower the loss and leave the base bit-equal."""
     manager = AdapterManager(subject.model)
     before = {name: parameter.detach().clone() for name, parameter in subject.model.named_parameters()}
@@ -206,7 +208,7 @@ def test_training_changes_no_base_weight(subject):
     assert all(torch.equal(parameter, before[name]) for name, parameter in originals.items())
 
 
-def test_opt_125m_has_the_known_counts():
+def test_opt_125m_has_the_known_counts() -> None:
     """OPT-125M with r = 8 on q_proj and v_proj: 125,534,208 parameters, 294,912 of them (0.23 %) trainable."""
     with torch.device("meta"):
         model = OPTForCausalLM(OPTConfig())
@@ -223,7 +225,7 @@ def test_opt_125m_has_the_known_counts():
 
 
 @pytest.mark.parametrize("name", ["math.v2", "math_dv2", "math%2Ev2", "keys", "train", "weight", "q_proj", "ünï cödé"])
-def test_any_text_may_be_a_name(llama, name):
+def test_any_text_may_be_a_name(llama: Subject, name: str) -> None:
     """Dots, names of module attributes and of modules are fine, and do not run into each other."""
     manager = AdapterManager(llama.model)
     for other in ("math.v2", "math_dv2", "math%2Ev2"):
@@ -240,7 +242,7 @@ def test_any_text_may_be_a_name(llama, name):
     assert torch.equal(llama.logits(), base)
 
 
-def test_list_and_contains(llama):
+def test_list_and_contains(llama: Subject) -> None:
     """The manager names what is attached, in order."""
     manager = AdapterManager(llama.model)
     manager.add("b", llama.spec())
@@ -251,7 +253,7 @@ def test_list_and_contains(llama):
     assert "c" not in manager
 
 
-def test_a_taken_name_is_refused(llama):
+def test_a_taken_name_is_refused(llama: Subject) -> None:
     """Adding under a name in use raises and leaves the adapter that has it."""
     manager = AdapterManager(llama.model)
     add_trained(manager, "math", llama.spec())
@@ -263,7 +265,7 @@ def test_a_taken_name_is_refused(llama):
     assert all(torch.equal(before[path], parameter) for path, parameter in manager.parameters("math").items())
 
 
-def test_a_refused_adapter_leaves_nothing(llama):
+def test_a_refused_adapter_leaves_nothing(llama: Subject) -> None:
     """After an unknown target the model has its old modules, flags and no name."""
     modules = dict(llama.model.named_modules())
     manager = AdapterManager(llama.model)
@@ -276,7 +278,7 @@ def test_a_refused_adapter_leaves_nothing(llama):
     assert all(parameter.requires_grad for parameter in llama.model.parameters())
 
 
-def test_a_second_manager_is_refused(llama):
+def test_a_second_manager_is_refused(llama: Subject) -> None:
     """Two managers on one model would overrule each other's routing."""
     AdapterManager(llama.model).add("math", llama.spec())
 
@@ -284,7 +286,7 @@ def test_a_second_manager_is_refused(llama):
         AdapterManager(llama.model).add("prose", llama.spec())
 
 
-def test_unknown_names_raise(llama):
+def test_unknown_names_raise(llama: Subject) -> None:
     """Each operation on a name that is not attached says so."""
     manager = AdapterManager(llama.model)
 
@@ -293,7 +295,7 @@ def test_unknown_names_raise(llama):
             operation("math")
 
 
-def test_parameters_are_named_and_fp32(subject):
+def test_parameters_are_named_and_fp32(subject: Subject) -> None:
     """Keys are module path and half, the order is the model's, each is fp32 also over a bfloat16 base."""
     subject.model.to(torch.bfloat16)
     manager = AdapterManager(subject.model)
@@ -305,7 +307,7 @@ def test_parameters_are_named_and_fp32(subject):
     assert subject.logits().dtype == torch.bfloat16
 
 
-def test_dropout_resumes_exactly(subject):
+def test_dropout_resumes_exactly(subject: Subject) -> None:
     """With the dropout state put back, training mode repeats the same logits bit for bit; without, it does not."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "math", subject.spec(dropout=0.5))
@@ -320,7 +322,7 @@ def test_dropout_resumes_exactly(subject):
     assert torch.equal(subject.logits(), first)
 
 
-def test_the_seed_decides_dropout(subject):
+def test_the_seed_decides_dropout(subject: Subject) -> None:
     """Two adapters of one seed start at the same dropout state, and it is not the one A was drawn from."""
     manager = AdapterManager(subject.model)
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
@@ -331,7 +333,7 @@ def test_the_seed_decides_dropout(subject):
     assert not torch.equal(manager.dropout_state("a"), torch.Generator().manual_seed(5).get_state())
 
 
-def test_train_leaves_the_base_in_eval_mode(subject):
+def test_train_leaves_the_base_in_eval_mode(subject: Subject) -> None:
     """Switching the adapters' dropout on does not switch the base model's own dropout on."""
     manager = AdapterManager(subject.model)
     manager.add("math", subject.spec(dropout=0.5))
@@ -342,7 +344,7 @@ def test_train_leaves_the_base_in_eval_mode(subject):
     assert not any(module.training for module in own)
 
 
-def test_a_snapshot_is_a_copy(subject):
+def test_a_snapshot_is_a_copy(subject: Subject) -> None:
     """What training does later does not reach a snapshot, and a snapshot can be attached again."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "math", subject.spec())
@@ -358,7 +360,7 @@ def test_a_snapshot_is_a_copy(subject):
     assert torch.equal(subject.logits(), before)
 
 
-def test_a_loaded_adapter_is_not_trainable(subject):
+def test_a_loaded_adapter_is_not_trainable(subject: Subject) -> None:
     """Attaching weights to serve them asks for no gradients; set_trainable does."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "math", subject.spec())
@@ -371,7 +373,7 @@ def test_a_loaded_adapter_is_not_trainable(subject):
     assert manager.num_trainable() == size > 0
 
 
-def test_a_model_without_transformers(request):
+def test_a_model_without_transformers() -> None:
     """The manager works on any torch model, here two layers in a row."""
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.ones(3, 4)

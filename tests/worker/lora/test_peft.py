@@ -2,12 +2,15 @@
 
 import copy
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 
-from tests.worker.lora.conftest import add_trained
+from tests.worker.lora.conftest import Subject, add_trained
 from worker.lora import AdapterManager
 
 pytestmark = [
@@ -21,7 +24,7 @@ pytestmark = [
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def peft_adapter(subject, directory, **changes):
+def peft_adapter(subject: Subject, directory: Path, **changes: object) -> Tensor:
     """Logits of an adapter that PEFT made, with random A and B, after PEFT saved it to `directory`."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": subject.targets} | changes)
     model = get_peft_model(copy.deepcopy(subject.model), config).eval()
@@ -46,7 +49,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_peft_loads_what_we_save(subject, tmp_path, changes):
+def test_peft_loads_what_we_save(subject: Subject, tmp_path: Path, changes: dict[str, Any]) -> None:
     """PEFT finds every tensor and no other, and gives our logits, which are not the base's."""
     base, bare = subject.logits(), copy.deepcopy(subject.model)
     manager = AdapterManager(subject.model)
@@ -72,7 +75,7 @@ PEFT_SHAPES = {
 
 
 @pytest.mark.parametrize("changes", PEFT_SHAPES.values(), ids=PEFT_SHAPES)
-def test_we_load_what_peft_saves(subject, tmp_path, changes):
+def test_we_load_what_peft_saves(subject: Subject, tmp_path: Path, changes: dict[str, Any]) -> None:
     """An adapter that PEFT wrote gives PEFT's logits, which are not the base's."""
     base = subject.logits()
     theirs = peft_adapter(subject, tmp_path, **changes)
@@ -94,7 +97,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("changes", PATTERNS.values(), ids=PATTERNS)
-def test_patterns_mean_what_they_mean_to_peft(subject, tmp_path, changes):
+def test_patterns_mean_what_they_mean_to_peft(subject: Subject, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Ranks and alphas of single modules give PEFT's logits, and survive being saved by us and loaded by PEFT."""
     bare = copy.deepcopy(subject.model)
     path = next(n for n, _ in subject.model.named_modules() if ".0." in n and n.endswith(subject.targets[0]))
@@ -115,7 +118,7 @@ def test_patterns_mean_what_they_mean_to_peft(subject, tmp_path, changes):
     torch.testing.assert_close(subject.logits(again), theirs, **CLOSE)
 
 
-def test_a_round_trip_through_peft_keeps_every_bit(subject, tmp_path):
+def test_a_round_trip_through_peft_keeps_every_bit(subject: Subject, tmp_path: Path) -> None:
     """Saved by us, loaded and saved by PEFT, loaded by us: the very tensors that we had."""
     bare = copy.deepcopy(subject.model)
     manager = AdapterManager(subject.model)
@@ -131,7 +134,7 @@ def test_a_round_trip_through_peft_keeps_every_bit(subject, tmp_path):
     assert all(torch.equal(ours[path], back[path]) for path in ours)
 
 
-def test_the_config_has_no_field_unknown_to_peft(llama, tmp_path):
+def test_the_config_has_no_field_unknown_to_peft(llama: Subject, tmp_path: Path) -> None:
     """Every field we write is one of PEFT's, with the type that it writes itself."""
     manager = AdapterManager(llama.model)
     manager.add("math", llama.spec())

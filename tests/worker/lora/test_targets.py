@@ -2,7 +2,7 @@
 
 import pytest
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shared.errors import UnknownTarget
 from worker.base_model import SUPPORTED
@@ -32,18 +32,18 @@ PRESETS = {  # attention, mlp
 )
 
 
-def tiny(model_type):
+def tiny(model_type: str) -> PreTrainedModel:
     config = AutoConfig.for_model(model_type, **SIZES | OWN_SIZES.get(model_type, {}))
     return AutoModelForCausalLM.from_config(config)
 
 
-def test_every_supported_architecture_is_here():
+def test_every_supported_architecture_is_here() -> None:
     """The table below knows every architecture that can be loaded."""
     assert set(PRESETS) >= set(SUPPORTED)
 
 
 @pytest.mark.parametrize("model_type", PRESETS)
-def test_presets(model_type):
+def test_presets(model_type: str) -> None:
     """attention and mlp have the names that the architecture's authors gave; all-linear is these and, in OPT, the
     projections around the blocks. None has the output head."""
     model = tiny(model_type)
@@ -60,7 +60,7 @@ def test_presets(model_type):
 
 @pytest.mark.parametrize("model_type", PRESETS)
 @pytest.mark.parametrize("preset", ["attention", "mlp", "all-linear"])
-def test_preset_names_select_what_the_preset_selects(model_type, preset):
+def test_preset_names_select_what_the_preset_selects(model_type: str, preset: str) -> None:
     """A preset and the names listed for it resolve to the same modules, two layers of each."""
     model = tiny(model_type)
 
@@ -85,12 +85,12 @@ def test_preset_names_select_what_the_preset_selects(model_type, preset):
         ("model.layers.0.q_proj", "", False),
     ],
 )
-def test_names_match_exactly_or_as_dotted_suffix(path, target, matched):
+def test_names_match_exactly_or_as_dotted_suffix(path: str, target: str, matched: bool) -> None:
     """Never as a substring, never as a regular expression."""
     assert matches(path, target) is matched
 
 
-def test_suffixes_pick_single_modules(tiny_llama):
+def test_suffixes_pick_single_modules(tiny_llama: PreTrainedModel) -> None:
     """A longer suffix picks one layer, and the result is in the model's order, not the request's."""
     assert resolve_targets(tiny_llama, ["1.mlp.down_proj", "0.self_attn.q_proj"]) == [
         "model.layers.0.self_attn.q_proj",
@@ -99,7 +99,7 @@ def test_suffixes_pick_single_modules(tiny_llama):
 
 
 @pytest.mark.parametrize("target", ["nowhere", "proj", "self_attn", "embed_tokens", "q_proj.weight", ".*q_proj"])
-def test_an_unknown_target_lists_what_there_is(tiny_llama, target):
+def test_an_unknown_target_lists_what_there_is(tiny_llama: PreTrainedModel, target: str) -> None:
     """Each target that selects no linear layer is named, with the modules and presets that exist."""
     with pytest.raises(UnknownTarget) as caught:
         resolve_targets(tiny_llama, ["q_proj", target, "also_not"])
@@ -111,14 +111,14 @@ def test_an_unknown_target_lists_what_there_is(tiny_llama, target):
 
 
 @pytest.mark.parametrize("target_modules", ["everything", "q_proj", [], ""])
-def test_no_preset_and_no_names_are_errors(tiny_llama, target_modules):
+def test_no_preset_and_no_names_are_errors(tiny_llama: PreTrainedModel, target_modules: str | list[str]) -> None:
     """A text that is no preset is not taken for a name, and an empty list is not taken for all."""
     with pytest.raises(UnknownTarget, match="Linear modules: q_proj"):
         resolve_targets(tiny_llama, target_modules)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_output_head_is_refused(tied):
+def test_the_output_head_is_refused(tied: bool) -> None:
     """lm_head is refused by name, tied to the embedding or not."""
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model("llama", **SIZES, num_key_value_heads=2, tie_word_embeddings=tied)
@@ -128,7 +128,7 @@ def test_the_output_head_is_refused(tied):
         resolve_targets(model, ["q_proj", "lm_head"])
 
 
-def test_a_tied_layer_is_refused_without_transformers():
+def test_a_tied_layer_is_refused_without_transformers() -> None:
     """A linear layer that shares an embedding's weight is a head, whatever the model calls it."""
     model = nn.ModuleDict({"words": nn.Embedding(8, 4), "mix": nn.Linear(4, 4), "out": nn.Linear(4, 8, bias=False)})
     model["out"].weight = model["words"].weight
@@ -136,7 +136,7 @@ def test_a_tied_layer_is_refused_without_transformers():
     assert resolve_targets(model, "all-linear") == ["mix"]
 
 
-def test_an_adapted_model_lists_the_same_modules(tiny_gpt2):
+def test_an_adapted_model_lists_the_same_modules(tiny_gpt2: PreTrainedModel) -> None:
     """Names and presets are the base model's, also while adapters wrap some of its layers."""
     names, presets = linear_leaf_names(tiny_gpt2), preset_leaf_names(tiny_gpt2)
 
@@ -146,7 +146,7 @@ def test_an_adapted_model_lists_the_same_modules(tiny_gpt2):
     assert preset_leaf_names(tiny_gpt2) == presets
 
 
-def test_shortest_names_select_just_the_paths(tiny_gpt2):
+def test_shortest_names_select_just_the_paths(tiny_gpt2: PreTrainedModel) -> None:
     """Of GPT-2's two kinds of c_proj only the wanted one is selected, by the shortest suffix that can."""
     wanted = ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj", "transformer.h.1.mlp.c_fc"]
 
@@ -156,7 +156,7 @@ def test_shortest_names_select_just_the_paths(tiny_gpt2):
     assert resolve_targets(tiny_gpt2, names) == wanted
 
 
-def test_the_parts_of_attention_and_mlp_are_disjoint(tiny_opt):
+def test_the_parts_of_attention_and_mlp_are_disjoint(tiny_opt: PreTrainedModel) -> None:
     """No module is in both presets; together with the modules around the blocks they are all-linear."""
     attention, mlp, everything = (set(resolve_targets(tiny_opt, p)) for p in ("attention", "mlp", "all-linear"))
 
