@@ -10,8 +10,6 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers import logging as transformers_logging
 
@@ -271,7 +269,9 @@ def loading(source: Path) -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the readers below Transformers raise anything over damaged files, Exception itself too
         raise InvalidRequest(f"cannot load the model in {source}: {one_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -166,6 +166,17 @@ def _unpack(file: Path, target: Path) -> None:
     with base_model.loading(file):
         clean.save_pretrained(target)
         tokenizer.save_pretrained(target)
+    _drop_invented_tokens(target / "tokenizer.json", clean.get_input_embeddings().num_embeddings)
+
+
+def _drop_invented_tokens(path: Path, num_embeddings: int) -> None:
+    """Takes out added tokens that the model has no embedding for.
+
+    Transformers gives every byte-level GGUF tokenizer an <|endoftext|>, beyond the vocabulary where the file has none.
+    """
+    tokenizer = base_model.read_json(path)
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < num_embeddings]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 @click.command()

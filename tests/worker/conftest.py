@@ -1,5 +1,6 @@
 """Tiny real models: random weights from a fixed seed, 2 layers, 32 wide, float32, in eval mode and not frozen."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,15 @@ def tiny_base(tiny_base_directory: Path) -> BaseModel:
         device="cpu",
         dtype="float32",
     )
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Where a test's service keeps its data; not made yet."""
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def source(tiny_base_directory: Path, tmp_path: Path) -> Path:
+    """A model directory to import, or to damage first."""
+    return Path(shutil.copytree(tiny_base_directory, tmp_path / "source"))
