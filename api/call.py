@@ -1,0 +1,81 @@
+"""What a handler is given: who asks, and the database, store and queue to answer from."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+
+from shared import db
+from shared.queue import Queue
+from shared.store.layout import Layout
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose objects a request may see, and what it may do with them. `key_id` None: nobody has made a key yet."""
+
+    tenant: str
+    scopes: frozenset[str]
+    key_id: str | None = None
+
+
+class Seats:
+    """How many requests may wait for news at once, so that waiting never takes all threads from answering."""
+
+    def __init__(self, seats: int) -> None:
+        self._free = threading.BoundedSemaphore(max(1, seats))
+
+    def take(self) -> bool:
+        return self._free.acquire(blocking=False)
+
+    def give_back(self) -> None:
+        self._free.release()
+
+    @contextmanager
+    def taken(self) -> Iterator[bool]:
+        """True inside the block if there was a free seat."""
+        seated = self.take()
+        try:
+            yield seated
+        finally:
+            if seated:
+                self.give_back()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What the whole application shares."""
+
+    engine: Engine
+    layout: Layout
+    queue: Queue
+    max_queued_jobs: int
+    waiters: Seats
+
+
+@dataclass(frozen=True)
+class Call:
+    """One admitted request."""
+
+    caller: Caller
+    services: Services
+
+    @property
+    def tenant(self) -> str:
+        return self.caller.tenant
+
+    @property
+    def layout(self) -> Layout:
+        return self.services.layout
+
+    @property
+    def queue(self) -> Queue:
+        return self.services.queue
+
+    def read(self) -> AbstractContextManager[db.Tx]:
+        return db.read(self.services.engine)
+
+    def write(self) -> AbstractContextManager[db.Tx]:
+        return db.write(self.services.engine)

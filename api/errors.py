@@ -1,0 +1,140 @@
+"""The one table from errors to answers, and OpenAI's error body for every kind of failure."""
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+
+from flask import Flask, Request, Response, g, request
+from sqlalchemy.exc import DBAPIError
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from api.schemas.wire import ErrorBody, ErrorDetail
+from shared import errors
+
+log = logging.getLogger("lorad.api")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How one class of errors is answered. `headers` steer the clients' retries."""
+
+    status: int
+    type: str
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+_NO_RETRY = (("x-should-retry", "false"),)
+_SOON = (("Retry-After", "1"),)
+
+# The most derived class found here decides. A bad parameter is always 400 with `param`.
+TABLE: dict[type[errors.LoradError], Answer] = {
+    errors.InvalidRequest: Answer(400, "invalid_request_error"),
+    errors.Unauthenticated: Answer(401, "authentication_error", (("WWW-Authenticate", 'Bearer realm="lorad"'),)),
+    errors.Forbidden: Answer(403, "permission_error"),
+    errors.NotFound: Answer(404, "invalid_request_error"),
+    errors.StateConflict: Answer(409, "conflict_error", _NO_RETRY),
+    errors.PayloadTooLarge: Answer(413, "invalid_request_error", (("Connection", "close"),)),
+    errors.UnsupportedMediaType: Answer(415, "invalid_request_error"),
+    errors.QueueFull: Answer(429, "rate_limit_error", _SOON),
+    errors.Unavailable: Answer(503, "server_error", _SOON),
+    errors.GenerationTimeout: Answer(504, "server_error", _NO_RETRY),
+    errors.LoradError: Answer(500, "server_error"),
+}
+
+_HTTP_CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    412: "precondition_failed",
+    413: errors.PayloadTooLarge.code,
+    415: errors.UnsupportedMediaType.code,
+    416: "range_not_satisfiable",
+}
+
+
+def error_body(message: str, type: str, param: str | None, code: str | None) -> ErrorBody:
+    return ErrorBody(error=ErrorDetail(message=message, type=type, param=param, code=code))
+
+
+def answer_for(error: errors.LoradError) -> Answer:
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def body_for(error: errors.LoradError) -> ErrorBody:
+    """The body alone, for an error that comes when the status line is already sent."""
+    return error_body(error.message, answer_for(error).type, error.param, error.error_code)
+
+
+def from_code(code: str, message: str, param: str | None) -> errors.LoradError:
+    """The domain error with this stable code, as another process reported it; an unknown code is our own failure."""
+    for kind in TABLE:
+        for candidate in (kind, *kind.__subclasses__()):
+            if candidate.code == code:
+                return candidate(message, param=param)
+    kind = errors.InvalidRequest if param is not None or code in _REQUEST_CODES else errors.LoradError
+    return kind(message, param=param, code=code)
+
+
+# Codes that narrow InvalidRequest in the generator.
+_REQUEST_CODES = frozenset({"context_length_exceeded", "no_chat_template", "invalid_prompt"})
+
+
+def register(app: Flask) -> None:
+    app.register_error_handler(errors.LoradError, _on_domain_error)
+    app.register_error_handler(HTTPException, _on_http_error)
+    app.register_error_handler(DBAPIError, _on_database_error)
+    app.register_error_handler(Exception, _on_surprise)
+
+
+def _respond(status: int, body: ErrorBody, headers: tuple[tuple[str, str], ...] = ()) -> Response:
+    drain(request)
+    response = Response(body.model_dump_json(), status, mimetype="application/json")
+    response.headers.extend(headers)
+    return response
+
+
+def _on_domain_error(error: errors.LoradError) -> Response:
+    answer = answer_for(error)
+    if answer.status >= 500:
+        log.error("%s %s %s: %s", g.request_id, request.method, request.path, error.message)
+    return _respond(answer.status, body_for(error), answer.headers)
+
+
+def _on_http_error(error: HTTPException) -> Response:
+    status = error.code or 500
+    if isinstance(error, RequestEntityTooLarge):
+        return _on_domain_error(errors.PayloadTooLarge())
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = error_body(error.description or error.name, kind, None, _HTTP_CODES.get(status, "http_error"))
+    kept = tuple((k, v) for k, v in error.get_headers(request.environ) if k not in ("Content-Type", "Content-Length"))
+    return _respond(status, body, kept)
+
+
+def _on_database_error(error: DBAPIError) -> Response:
+    log.error("%s %s %s: database: %s", g.request_id, request.method, request.path, error.orig)
+    return _on_domain_error(errors.Unavailable("The database cannot be reached right now; try again."))
+
+
+def _on_surprise(error: Exception) -> Response:
+    log.error("%s %s %s failed", g.request_id, request.method, request.path, exc_info=error)
+    return _respond(500, error_body("Something went wrong on our side.", "server_error", None, "internal_error"))
+
+
+_DRAIN_BYTES = 64 << 20
+_DRAIN_S = 2.0
+
+
+def drain(request: Request) -> None:
+    """Read and forget some of an unread body: a connection closed over unread bytes is reset before the client
+    has read our answer (RFC 9112, section 9.6)."""
+    left, source = _DRAIN_BYTES, request.environ["wsgi.input"]
+    if not request.environ.get("wsgi.input_terminated"):
+        if "stream" in request.__dict__:  # werkzeug's cached property: reading has begun, and it knows the end
+            source = request.stream
+        else:
+            left = min(request.content_length or 0, _DRAIN_BYTES)
+    until = time.monotonic() + _DRAIN_S
+    with contextlib.suppress(HTTPException, OSError):
+        while left > 0 and time.monotonic() < until and (piece := source.read(min(left, 1 << 16))):
+            left -= len(piece)

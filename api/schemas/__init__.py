@@ -1,0 +1,1 @@
+"""Request and response bodies, by resource. What comes out passes the strict mode of OpenAI's SDK."""
