@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,11 +16,12 @@ import pytest
 from shared.cli.supervisor import Program, Supervisor
 
 SLEEP = "import time; time.sleep(60)"
+MARK = "supervised-by-this-test"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
 
 
 def program(code: str, *, name: str = "child", stop_s: float = 10.0) -> Program:
-    return Program(name, [sys.executable, "-c", code], os.environ, Path("/"), stop_s=stop_s)
+    return Program(name, [sys.executable, "-c", code, MARK], os.environ, Path("/"), stop_s=stop_s)
 
 
 @pytest.fixture
@@ -41,7 +43,15 @@ def tick_until(supervisor: Supervisor, condition: Callable[[], object], timeout_
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """The supervised programs that live; the session's servers are children of this process too."""
+    return [p for p in psutil.Process().children() if MARK in command_line(p)]
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # or a zombie
+        return []
 
 
 def test_lines_carry_the_name_of_their_program(supervisor: Supervisor, output: io.BytesIO):
@@ -133,7 +143,8 @@ def test_grandchildren_end_with_their_program(supervisor: Supervisor, output: io
     tick_until(supervisor, lambda: b"ended" in output.getvalue())
 
     pid = int(output.getvalue().split(b"grandchild ")[1].split()[0])
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=5)
 
 
 def test_leaving_the_block_stops_everything_and_restores_signals(output: io.BytesIO):
