@@ -25,7 +25,7 @@ _LEASH = """
 import os, signal, subprocess, sys, threading
 user, *command = sys.argv[1:]
 who = dict(user=int(user), group=int(user), extra_groups=[]) if user else {}
-server = subprocess.Popen(command, stdin=subprocess.DEVNULL, **who)
+server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, **who)
 print(server.pid, flush=True)
 threading.Thread(target=lambda: os._exit(server.wait() and 1), daemon=True).start()
 sys.stdin.read()

@@ -1,6 +1,8 @@
 """What the tests of the ledger and the store start from: a tenant, a file, a base model, and jobs made in one call."""
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,14 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from shared import jobs
+from shared import failpoints, jobs
 from shared.db import read, write
 from shared.jobs import Claim
 from shared.specs import TrainSpec
 from shared.store import adapters, base_models, durable, files
 from shared.store.adapters import PreparedVersion
 from shared.store.layout import Layout
-from shared.tables import BaseModelRow, Job, JobEvent
+from shared.tables import AdapterVersion, BaseModelRow, Job, JobEvent
 
 LEASE_S = 60.0
 
@@ -40,7 +42,7 @@ class World:
 
     def submit(self, tenant: str = "acme", *, base: BaseModelRow | None = None, **fields: Any) -> Job:
         """A new queued job of this tenant."""
-        new = {"adapter_name": "math", "spec": TrainSpec()} | fields
+        new: dict[str, Any] = {"adapter_name": "math", "spec": TrainSpec()} | fields
         with write(self.engine) as tx:
             return jobs.submit(
                 tx,
@@ -131,3 +133,36 @@ def make_world(engine: Engine, layout: Layout) -> World:
                 (staged / "model.safetensors").write_bytes(name.encode())
                 bases.append(base_models.register(tx, layout, staged, name=name, digest=name * 8, config={}))
     return World(engine, layout, file.id, *bases)
+
+
+@pytest.fixture
+def failpoint() -> Iterator[Callable[[str], None]]:
+    """Arm failpoints for one test."""
+    yield failpoints.arm
+    failpoints.arm("")
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def make_old(path: Path, seconds: float = 2 * 24 * 3600) -> Path:
+    """Let the path have been written that long ago."""
+    then = time.time() - seconds
+    os.utime(path, (then, then), follow_symlinks=False)
+    return path
+
+
+def published(world: World, weights: bytes = b"weights", name: str = "math", tenant: str = "acme") -> AdapterVersion:
+    """An imported adapter version."""
+    prepared = world.prepare(weights, name=name)
+    with write(world.engine) as tx:
+        return adapters.insert_version(tx, tenant, name, prepared, None)
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[1] ^= 1
+    path.write_bytes(content)
