@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,6 +51,13 @@ def command_line(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.NoSuchProcess:  # or a zombie
         return []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_lines_carry_the_name_of_their_program(supervisor: Supervisor, output: io.BytesIO):
@@ -143,8 +149,7 @@ def test_grandchildren_end_with_their_program(supervisor: Supervisor, output: io
     tick_until(supervisor, lambda: b"ended" in output.getvalue())
 
     pid = int(output.getvalue().split(b"grandchild ")[1].split()[0])
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout=5)
+    tick_until(supervisor, lambda: not is_alive(pid))
 
 
 def test_leaving_the_block_stops_everything_and_restores_signals(output: io.BytesIO):
@@ -183,4 +188,7 @@ def test_programs_die_with_a_killed_supervisor():
 
         killed.kill()
 
-        child.wait(timeout=10)
+        until = time.monotonic() + 10
+        while is_alive(child.pid):
+            assert time.monotonic() < until
+            time.sleep(0.01)
