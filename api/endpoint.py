@@ -22,7 +22,7 @@ from api.call import Call, Services
 from api.schemas.wire import In, Query
 from api.validate import read_query, validated
 from shared import limits
-from shared.errors import InvalidRequest, UnsupportedMediaType
+from shared.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 
 EXTENSION = "lorad"
 M = TypeVar("M", bound=BaseModel)
@@ -115,8 +115,10 @@ def install(app: Flask, endpoints: Iterable[Endpoint], gate: Gate, services: Ser
 
 def read_body(model: type[M], *, optional: bool, max_bytes: int) -> M:
     """The request's JSON body as a `model`; an empty one counts as {} if `optional`."""
-    request.max_content_length = max_bytes
+    request.max_content_length = max_bytes + 1  # a chunked body is cut there in silence, so look one byte further
     raw = request.get_data(cache=False)
+    if len(raw) > max_bytes:
+        raise PayloadTooLarge(f"The body may have {max_bytes} bytes.")
     if not raw and optional:
         return validated(model, {})
     if not raw:

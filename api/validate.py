@@ -47,10 +47,12 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _as_request_error(error: ValidationError, value: object) -> InvalidRequest:
-    """Group pydantic's findings by path: the branches of a union each complain about the same value."""
-    findings: dict[str, list[ErrorDetails]] = {}
+    """Group pydantic's findings by path: the branches of a union each complain about the same value, and the branch
+    that got furthest is the one that was meant."""
+    found: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
-        findings.setdefault(_path(detail, value), []).append(detail)
+        found.setdefault(_path(detail, value), []).append(detail)
+    findings = {path: why for path, why in found.items() if not any(other.startswith(f"{path}.") for other in found)}
     sentences = [_sentence(path, details) for path, details in findings.items()]
     hidden = len(sentences) - _SHOWN
     message = "; ".join(sentences[:_SHOWN]) + (f"; and {hidden} more" if hidden > 0 else "") + "."

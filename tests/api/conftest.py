@@ -1,0 +1,193 @@
+"""A running API for each test: real HTTP, SQLite and Valkey, and a generator of twenty lines in place of a model."""
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from openai import OpenAI
+from sqlalchemy import Engine
+from werkzeug.serving import make_server
+
+from api.app import create_app
+from shared import jobs, keys
+from shared.config import Settings
+from shared.db import read, write
+from shared.queue import PREFIX, ChunkWriter, Queue, generate_queue
+from shared.specs import Chunk, GenerationRequest, StepReport, TrainSpec, Usage
+from shared.store import adapters, base_models, durable
+from shared.store.layout import Layout
+from shared.tables import AdapterVersion, BaseModelRow, Job
+from tests.servers import Broker
+
+CONTEXT = 128
+CONFIG = {
+    "architecture": "opt",
+    "context_length": CONTEXT,
+    "num_parameters": 1000,
+    "vocab_size": 100,
+    "linear_modules": ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"],
+    "presets": {
+        "attention": ["k_proj", "out_proj", "q_proj", "v_proj"],
+        "mlp": ["fc1", "fc2"],
+        "all-linear": ["fc1", "fc2", "k_proj", "out_proj", "q_proj", "v_proj"],
+    },
+    "chat_template": True,
+}
+SAMPLES = b"".join(b'{"prompt": "%d", "completion": " x"}\n' % n for n in range(20))
+USAGE = Usage(prompt_tokens=5, completion_tokens=3)
+WEIGHTS = bytes(range(256)) * 4
+
+Reply = Callable[[GenerationRequest, ChunkWriter], None]
+
+
+def say_hello(_: GenerationRequest, writer: ChunkWriter) -> None:
+    """The answer 'Hello there' in three chunks."""
+    writer.write(Chunk(fingerprint="fp-1"))
+    writer.write(Chunk(text="Hello"))
+    writer.write(Chunk(text=" there", finish_reason="stop", usage=USAGE, fingerprint="fp-1"))
+
+
+@dataclass
+class FakeGenerator:
+    """Takes requests for one base model off the broker and lets `reply` answer them."""
+
+    broker: Broker
+    queue: Queue
+    base_model_id: str
+    reply: Reply = say_hello
+    requests: list[GenerationRequest] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        while not self._stop.is_set():
+            taken: Any = self.broker.client.brpop([PREFIX + generate_queue(self.base_model_id)], timeout=0.05)
+            if taken:
+                (payload,), _, _ = json.loads(base64.b64decode(json.loads(taken[1])["body"]))
+                request = GenerationRequest.model_validate(payload)
+                self.requests.append(request)
+                self.reply(request, self.queue.writer(request.request_id))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+@dataclass
+class Api:
+    """A served application and what stands behind it."""
+
+    url: str
+    engine: Engine
+    layout: Layout
+    base: BaseModelRow
+    http: httpx2.Client
+    generator: FakeGenerator
+
+    def sdk(self, key: str = "none") -> OpenAI:
+        """The stock client, which checks every answer against its own types."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, _strict_response_validation=True)
+
+    def upload(self, content: bytes = SAMPLES, **headers: str) -> dict[str, Any]:
+        answer = self.http.post(
+            "/v1/files", data={"purpose": "fine-tune"}, files={"file": ("data.jsonl", content)}, headers=headers
+        )
+        return dict(answer.json())
+
+    def submit(self, **fields: Any) -> httpx2.Response:
+        """Ask for a job over a fresh file."""
+        fields.setdefault("training_file", self.upload()["id"])
+        return self.http.post("/v1/fine_tuning/jobs", json={"model": "tiny"} | fields)
+
+    def job(self, **fields: Any) -> dict[str, Any]:
+        return dict(self.submit(**fields).raise_for_status().json())
+
+    def claim(self) -> jobs.Claim:
+        with write(self.engine) as tx:
+            claim = jobs.claim_next(tx, trainer="t1", lease_s=60.0)
+        assert claim is not None
+        return claim
+
+    def report(self, claim: jobs.Claim, step: int) -> None:
+        """One metrics event, as a trainer writes it."""
+        step_report = StepReport(
+            step=step, total_steps=9, train_loss=1.0 / step, learning_rate=1e-4, grad_norm=1.0, epoch=0.1, num_tokens=8,
+            num_label_tokens=4, tokens_per_second=10.0, eta_seconds=1.0,
+        )  # fmt: skip
+        with write(self.engine) as tx:
+            jobs.add_event(tx, claim, type="metrics", message=f"Step {step}", data=step_report.model_dump())
+
+    def publish(self, name: str = "math", *, weights: bytes = WEIGHTS) -> AdapterVersion:
+        """A new version of this adapter, as a trainer publishes it."""
+        self.job(suffix=name)
+        return self.succeed(self.claim(), weights=weights)
+
+    def succeed(self, claim: jobs.Claim, *, weights: bytes = WEIGHTS) -> AdapterVersion:
+        with durable.staging(self.layout) as staged:
+            (staged / "adapter_model.safetensors").write_bytes(weights)
+            (staged / "adapter_config.json").write_text("{}")
+            prepared = adapters.prepare(
+                self.layout, staged, validate=lambda _: None, base_model_id=self.base.id, base_digest=self.base.digest,
+                spec=TrainSpec(), job_id=claim.job_id, name=claim.adapter_name, training_sha256=None,
+            )  # fmt: skip
+        with write(self.engine) as tx:
+            return jobs.succeed(tx, claim, prepared)
+
+    def alias(self, name: str, **aliases: int) -> None:
+        with write(self.engine) as tx:
+            adapters.set_aliases(tx, adapters.get(tx, "default", name), aliases)
+
+    def key(self, tenant: str = "default", *scopes: str) -> str:
+        """A new API key; from now on every request needs one."""
+        with write(self.engine) as tx:
+            return keys.create(tx, tenant=tenant, scopes=scopes or keys.DEFAULT_SCOPES)[1]
+
+    def row(self, job_id: str) -> Job:
+        with read(self.engine) as tx:
+            return tx.get_one(Job, job_id)
+
+
+@pytest.fixture
+def settings(fresh_sqlite_url: str, broker_url: str, tmp_path: Path) -> Settings:
+    return Settings(data_dir=tmp_path / "data", database_url=fresh_sqlite_url, broker_url=broker_url)
+
+
+@pytest.fixture
+def api(settings: Settings, broker: Broker) -> Iterator[Api]:
+    """The API with one base model, `tiny`, whose generator says hello."""
+    app = create_app(settings)
+    services = app.extensions["lorad"][1]
+    with write(services.engine) as tx, durable.staging(services.layout) as staged:
+        (staged / "model.safetensors").write_bytes(b"weights")
+        base = base_models.register(tx, services.layout, staged, name="tiny", digest="d" * 64, config=CONFIG)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    url = f"http://127.0.0.1:{server.server_port}"
+    generator = FakeGenerator(broker, services.queue, base.id)
+    threads = [
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True),
+        threading.Thread(target=generator.run, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    with httpx2.Client(base_url=url, timeout=20, trust_env=False) as http:
+        yield Api(url, services.engine, services.layout, base, http, generator)
+    generator.stop()
+    server.shutdown()
+    server.server_close()
+    for thread in threads:
+        thread.join(5)
+    services.queue.close()
+    services.engine.dispose()
+
+
+def wait_for(condition: Callable[[], object], *, timeout_s: float = 10.0) -> None:
+    """Return as soon as the condition holds."""
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
