@@ -117,7 +117,7 @@ class Queue:
 
     def __init__(self, broker_url: str) -> None:
         self._celery = celery_app(broker_url, timeout_s=TIMEOUT_S)
-        # Kombu retries the connection for ever unless told not to, whatever the publisher's own retry policy says.
+        # Kombu retries a refused connection for seconds, whatever the publisher's own retry policy says.
         self._celery.conf.broker_transport_options |= {"max_retries": 0}
         # A pool of our own: Celery's is shared by all applications of the process, and closing it closes theirs.
         self._connections = self._celery.connection_for_write().Pool(limit=MAX_CONNECTIONS)

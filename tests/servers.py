@@ -203,9 +203,14 @@ def _reachable(directory: Path, user: str) -> bool:
 
 
 def _copied(directory: Path, place: Path, user: str) -> Path:
-    target = place / "programs"
-    shutil.copytree(directory.parent, target, symlinks=True)
-    for path in (target, *target.rglob("*")):
+    """The programs again, at a place open to that user, with the shared libraries that a wheel keeps two doors away."""
+    install = directory.parent
+    target = place / "programs" / install.parent.name / install.name
+    shutil.copytree(install, target, symlinks=True)
+    libraries = install.parent.with_name(f"{install.parent.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, place / "programs" / libraries.name, symlinks=True)
+    for path in (place / "programs", *(place / "programs").rglob("*")):
         os.chown(path, int(user), int(user), follow_symlinks=False)
     return target / directory.name
 

@@ -188,6 +188,25 @@ def test_fewest_running_first(world: World) -> None:
     assert second.job_id == late.id
 
 
+def test_fewest_running_before_served_longest_ago(world: World) -> None:
+    """A tenant whose long job still runs comes after one that was served later and has nothing running."""
+    for _ in range(2):
+        world.submit("long")
+    held = world.claim("t1")
+    world.submit("short")
+    brief = world.claim("t2")
+    assert held is not None
+    assert brief is not None
+    world.publish(brief)
+    world.edit(held.job_id, "started_at = started_at - 600000")
+    late = world.submit("short")
+
+    again = world.claim("t3")
+
+    assert again is not None
+    assert (held.tenant, brief.tenant, again.job_id) == ("long", "short", late.id)
+
+
 def test_served_longest_ago_first(world: World) -> None:
     """With one trainer and nothing running, a tenant with one job waits for one of another's hundred at most."""
     for _ in range(4):

@@ -1,5 +1,6 @@
 """Directories that appear whole or not at all, whenever the writer dies."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -142,6 +143,17 @@ def test_io_error_publishes_nothing(layout: Layout, failpoint: Arm, arrival: int
 
     assert not final.exists()
     assert list(layout.tmp.iterdir()) == []
+
+
+def test_checksum_does_not_follow_links(tmp_path: Path) -> None:
+    """A link has no checksum, its target has."""
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"abc")
+    link.symlink_to(target)
+
+    assert durable.sha256_file(target) == hashlib.sha256(b"abc").hexdigest()
+    with pytest.raises(OSError, match="symbolic link"):
+        durable.sha256_file(link)
 
 
 CRASHER = """
