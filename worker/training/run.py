@@ -187,7 +187,6 @@ class TrainingRun:
         tensors = {"lora": copies, **self._optimizer.moments()}
         checkpoint = Checkpoint(self._header(), tensors, self._manager.dropout_state(self.job.job_id).clone())
         self.job.save_checkpoint(self.step, dict(self.metrics), checkpoint.write)
-        self.job.on_event("info", "message", f"Checkpoint saved at step {self.step}", {"step": self.step})
 
     def result(self, outcome: Literal["finished", "stopped"], order: Order | None = None) -> TrainingResult:
         """How the job ended, holding a copy of the adapter as it is now."""
