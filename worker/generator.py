@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 
 from shared import db
 from shared.config import Settings
-from shared.errors import LoradError
-from shared.queue import GENERATE_TASK, Queue, celery_app, generate_queue
-from shared.specs import Chunk, ChunkError, GenerationRequest
+from shared.errors import InvalidRequest, LoradError
+from shared.queue import GENERATE_TASK, Queue, celery_app, generate_queue, received_request
+from shared.specs import Chunk, ChunkError
 from shared.store import adapters, base_models
 from shared.store.layout import Layout
 from worker.base_model import load_base_model
@@ -43,9 +42,9 @@ class Generator:
     def answer(self, payload: dict[str, Any]) -> None:
         """Generate for one request and write its chunks where the API reads them; never raises for a bad request."""
         try:
-            request = GenerationRequest.model_validate(payload)
-        except ValidationError as error:
-            log.warning("discarded a generation request that does not validate: %s", error)
+            request = received_request(payload)
+        except InvalidRequest as error:
+            log.warning("discarded a message: %s", error.message)
             return
         if request.deadline_unix_s < time.time():
             return
