@@ -25,13 +25,20 @@ class Seats:
     """How many requests may wait for news at once, so that waiting never takes all threads from answering."""
 
     def __init__(self, seats: int) -> None:
-        self._free = threading.BoundedSemaphore(max(1, seats))
+        self._seats = max(1, seats)
+        self._lock = threading.Lock()
+        self.taken_now = 0
 
     def take(self) -> bool:
-        return self._free.acquire(blocking=False)
+        """True if there was a free seat, which is now ours to give back."""
+        with self._lock:
+            free = self.taken_now < self._seats
+            self.taken_now += free
+        return free
 
     def give_back(self) -> None:
-        self._free.release()
+        with self._lock:
+            self.taken_now -= 1
 
     @contextmanager
     def taken(self) -> Iterator[bool]:

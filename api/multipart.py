@@ -50,6 +50,8 @@ class _Parts:
     def __init__(self, stream: Readable, boundary: str) -> None:
         self._stream = stream
         self._decoder = MultipartDecoder(boundary.encode("latin-1", "replace"), _BUFFER_BYTES, max_parts=_PARTS)
+        self._delimiter_bytes = len(boundary) + len(b"\r\n----\r\n")
+        self._held = b""
         self._left = b""
         self._in_part = False
 
@@ -90,7 +92,24 @@ class _Parts:
     def _event(self) -> object:
         try:
             while isinstance(event := self._decoder.next_event(), NeedData):
-                self._decoder.receive_data(self._stream.read(_CHUNK_BYTES) or None)
+                self._decoder.receive_data(self._more())
         except ValueError as error:
             raise InvalidRequest(f"The form is not valid multipart/form-data: {error}.") from None
         return event
+
+    def _more(self) -> bytes | None:
+        """The next bytes for the decoder, None at the end. A line that may be a delimiter is held until it is whole.
+
+        Werkzeug 3.1's decoder takes the CR before a delimiter for data if it sees the delimiter without its end, and
+        the file would have one byte too many.
+        """
+        while piece := self._stream.read(_CHUNK_BYTES):
+            ready, self._held = self._held + piece, b""
+            tail = max(0, len(ready) - self._delimiter_bytes)
+            breaks = [at for at in (ready.find(b"\r", tail), ready.find(b"\n", tail)) if at >= 0]
+            if breaks:
+                ready, self._held = ready[: min(breaks)], ready[min(breaks) :]
+            if ready:
+                return ready
+        rest, self._held = self._held, b""
+        return rest or None

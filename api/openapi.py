@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from openapi_pydantic import OpenAPI
@@ -22,7 +22,7 @@ def document(endpoints: Iterable[Endpoint]) -> str:
     skeleton = OpenAPI.model_validate(
         {
             "openapi": "3.1.1",
-            "info": {"title": "lorad", "version": version("lorad"), "description": "LoRA training and serving."},
+            "info": {"title": "lorad", "version": _version(), "description": "LoRA training and serving."},
             "paths": paths,
             "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         }
@@ -33,6 +33,14 @@ def document(endpoints: Iterable[Endpoint]) -> str:
 
 def path_parameters(one: Endpoint) -> list[str]:
     return _PATH_PARAMETER.findall(one.path)
+
+
+def _version() -> str:
+    """lorad's version; a working tree that was never installed has none."""
+    try:
+        return version("lorad")
+    except PackageNotFoundError:
+        return "0"
 
 
 def _operation(one: Endpoint) -> dict[str, Any]:

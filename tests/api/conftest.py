@@ -16,6 +16,7 @@ from sqlalchemy import Engine
 from werkzeug.serving import make_server
 
 from api.app import create_app
+from api.call import Services
 from shared import jobs, keys
 from shared.config import Settings
 from shared.db import read, write
@@ -88,6 +89,11 @@ class Api:
     base: BaseModelRow
     http: httpx2.Client
     generator: FakeGenerator
+    services: Services
+
+    def seats_free(self) -> bool:
+        """True if nobody waits for news or follows a stream."""
+        return self.services.waiters.taken_now == 0
 
     def sdk(self, key: str = "none") -> OpenAI:
         """The stock client, which checks every answer against its own types."""
@@ -175,7 +181,7 @@ def api(settings: Settings, broker: Broker) -> Iterator[Api]:
     for thread in threads:
         thread.start()
     with httpx2.Client(base_url=url, timeout=20, trust_env=False) as http:
-        yield Api(url, services.engine, services.layout, base, http, generator)
+        yield Api(url, services.engine, services.layout, base, http, generator, services)
     generator.stop()
     server.shutdown()
     server.server_close()

@@ -139,7 +139,7 @@ def test_chat_streamed(api: Api) -> None:
     )
     chunks = list(stream)
 
-    assert [c.choices[0].delta.role for c in chunks if c.choices][0] == "assistant"
+    assert next(c.choices[0].delta.role for c in chunks if c.choices) == "assistant"
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hello there"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage is not None
