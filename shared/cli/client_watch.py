@@ -57,7 +57,7 @@ def display_for(out: Output) -> Iterator[Display]:
     if out.as_json:
         yield JsonDisplay(out)
     elif out.console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[figures]}"))
         with Progress(*columns, console=out.console) as progress:
             yield BarDisplay(progress)
     else:
