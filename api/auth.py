@@ -2,10 +2,10 @@
 
 import hashlib
 import ipaddress
+import re
 import threading
 import time
 from typing import Literal
-from urllib.parse import urlsplit
 
 from flask import Request
 from sqlalchemy import Engine
@@ -24,7 +24,8 @@ NOBODY = Caller("", frozenset())
 KEYLESS = Caller("default", frozenset(keys.SCOPES))
 _FRESH_S = 4.0
 _MAX_CACHED = 10_000
-_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_OUR_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
+_OUR_ORIGIN = re.compile(rf"https?://{_OUR_HOST.pattern}", re.ASCII | re.IGNORECASE)
 
 
 class Gate:
@@ -83,14 +84,8 @@ def _check_local(request: Request) -> None:
     peer = request.remote_addr
     if peer and not ipaddress.ip_address(peer).is_loopback:
         raise Unauthenticated("No API key exists yet, so only this machine is served: run 'lorad keys create'.")
-    if _hostname(request.headers.get("Host", "")) not in _LOCAL_HOSTS:
+    if not _OUR_HOST.fullmatch(request.headers.get("Host", "")):
         raise Forbidden("Without API keys the Host must be localhost, 127.0.0.1 or [::1].", code="host_not_allowed")
     origin = request.headers.get("Origin")
-    if origin is not None and _hostname(urlsplit(origin).netloc) not in _LOCAL_HOSTS:
+    if origin is not None and not _OUR_ORIGIN.fullmatch(origin):
         raise Forbidden("Without API keys, pages of other sites are not served.", code="origin_not_allowed")
-
-
-def _hostname(netloc: str) -> str:
-    """The host of 'host:port', lower case, an IPv6 address in its brackets."""
-    name, bracket, _ = netloc.lower().partition("]")
-    return name + bracket if bracket else name.partition(":")[0]

@@ -22,7 +22,7 @@ from api.call import Call, Services
 from api.schemas.wire import In, Query
 from api.validate import read_query, validated
 from shared import limits
-from shared.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from shared.errors import InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
 
 EXTENSION = "lorad"
 M = TypeVar("M", bound=BaseModel)
@@ -62,6 +62,8 @@ class Endpoint:
     def __call__(self, **path: str) -> Response:
         gate, services = current_app.extensions[EXTENSION]
         call = Call(gate.admit(request, self.scope), services)
+        if any("\0" in value for value in path.values()):  # PostgreSQL cannot even be asked for it
+            raise NotFound
         inputs: dict[str, object] = dict(path)
         query = read_query(self.query, request.args)
         if "query" in self._wanted:

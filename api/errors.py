@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from flask import Flask, Request, Response, g, request
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from api.schemas.wire import ErrorBody, ErrorDetail
@@ -77,13 +77,14 @@ def from_code(code: str, message: str, param: str | None) -> errors.LoradError:
 
 
 # Codes that narrow InvalidRequest in the generator.
-_REQUEST_CODES = frozenset({"context_length_exceeded", "no_chat_template", "invalid_prompt"})
+_REQUEST_CODES = frozenset({"context_length_exceeded"})
 
 
 def register(app: Flask) -> None:
     app.register_error_handler(errors.LoradError, _on_domain_error)
     app.register_error_handler(HTTPException, _on_http_error)
-    app.register_error_handler(DBAPIError, _on_database_error)
+    app.register_error_handler(OperationalError, _on_database_away)
+    app.register_error_handler(InterfaceError, _on_database_away)
     app.register_error_handler(Exception, _on_surprise)
 
 
@@ -111,7 +112,7 @@ def _on_http_error(error: HTTPException) -> Response:
     return _respond(status, body, kept)
 
 
-def _on_database_error(error: DBAPIError) -> Response:
+def _on_database_away(error: OperationalError | InterfaceError) -> Response:
     log.error("%s %s %s: database: %s", g.request_id, request.method, request.path, error.orig)
     return _on_domain_error(errors.Unavailable("The database cannot be reached right now; try again."))
 

@@ -30,6 +30,8 @@ def read_query(model: type[M], arguments: MultiDict[str, str]) -> M:
     for name, values in arguments.lists():
         if len(values) > 1:
             raise InvalidRequest(f"'{name}' is given {len(values)} times.", param=name)
+        if "\0" in name + values[0]:
+            raise InvalidRequest(f"{name!r} must not hold the character U+0000.", param=name.replace("\0", ""))
         outer, inner = _split(name)
         if inner is None and outer not in given:
             given[outer] = values[0]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from api.schemas.wire import In
+from api.schemas.wire import In, ModelName
 from shared import limits
 from shared.errors import InvalidRequest
 from shared.specs import Message
@@ -57,7 +57,7 @@ class StreamOptions(In):
 class Sampling(In):
     """What chat and raw completions share. `top_k` 0 means no limit; `user` and its heirs are labels, ignored."""
 
-    model: Annotated[str, Field(min_length=1, max_length=200)]
+    model: ModelName
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from api.schemas.wire import Flag, In, Metadata, PageQuery, PageSize, Query, whole_number
+from api.schemas.wire import Flag, In, Metadata, ModelName, PageQuery, PageSize, Query, whole_number
 from shared import limits
 from shared.specs import LoraSpec
 
@@ -55,7 +55,7 @@ class JobRequest(In):
     `lora.target_modules` defaults to q_proj and v_proj where the model has them, else to 'attention'.
     """
 
-    model: Annotated[str, Field(min_length=1, max_length=200)]
+    model: ModelName
     training_file: str
     validation_file: str | None = None
     suffix: Annotated[str, Field(min_length=1, max_length=64)] | None = None

@@ -94,6 +94,7 @@ def true_or_false(text: object) -> object:
 
 Flag = Annotated[bool, BeforeValidator(true_or_false)]
 PageSize = Annotated[int, Field(ge=1, le=limits.MAX_PAGE), BeforeValidator(whole_number)]
+ModelName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(stored_text)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=limits.MAX_METADATA_KEY), AfterValidator(stored_text)]
 MetadataValue = Annotated[str, Field(max_length=limits.MAX_METADATA_VALUE), AfterValidator(stored_text)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=limits.MAX_METADATA_PAIRS)]

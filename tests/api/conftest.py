@@ -45,6 +45,8 @@ SAMPLES = b"".join(b'{"prompt": "%d", "completion": " x"}\n' % n for n in range(
 USAGE = Usage(prompt_tokens=5, completion_tokens=3)
 WEIGHTS = bytes(range(256)) * 4
 
+both_databases = pytest.mark.parametrize("settings", ["sqlite", "postgres"], indirect=True)
+
 Reply = Callable[[GenerationRequest, ChunkWriter], None]
 
 
@@ -159,8 +161,10 @@ class Api:
 
 
 @pytest.fixture
-def settings(fresh_sqlite_url: str, broker_url: str, tmp_path: Path) -> Settings:
-    return Settings(data_dir=tmp_path / "data", database_url=fresh_sqlite_url, broker_url=broker_url)
+def settings(request: pytest.FixtureRequest, broker_url: str, tmp_path: Path) -> Settings:
+    """Over SQLite, or what a test's `both_databases` says."""
+    database_url = request.getfixturevalue(f"fresh_{getattr(request, 'param', 'sqlite')}_url")
+    return Settings(data_dir=tmp_path / "data", database_url=database_url, broker_url=broker_url)
 
 
 @pytest.fixture

@@ -37,7 +37,18 @@ def test_our_own_names_are_served_without_keys(api: Api, host: str) -> None:
     assert api.http.get(JOBS, headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1.evil.example", "file://", ""])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://evil.example",
+        "null",
+        "http://127.0.0.1.evil.example",
+        "file://",
+        "",
+        "http://[::",
+        "http://localhost:1@evil.example",
+    ],
+)
 def test_a_foreign_page_is_refused_without_keys(api: Api, origin: str) -> None:
     """A page of another site may not speak through its reader's browser, not even with a body-less POST."""
     answer = api.http.post(f"{JOBS}/{api.job()['id']}/cancel", headers={"Origin": origin})

@@ -6,9 +6,10 @@ import httpx2
 import openai
 import pytest
 
-from tests.api.conftest import SAMPLES, Api
+from tests.api.conftest import SAMPLES, Api, both_databases
 
 
+@both_databases
 def test_upload_retrieve_list_content_delete(api: Api) -> None:
     """A file goes up, comes back byte for byte, is listed, and is gone after its deletion."""
     client = api.sdk()
@@ -52,6 +53,7 @@ def test_job_is_created_retrieved_and_listed(api: Api) -> None:
     assert [listed.id for listed in client.fine_tuning.jobs.list()] == [job.id]
 
 
+@both_databases
 def test_pages_are_followed(api: Api) -> None:
     """The client's auto-paging visits every job once, newest first."""
     file_id = api.upload()["id"]
@@ -60,6 +62,7 @@ def test_pages_are_followed(api: Api) -> None:
     assert [job.id for job in api.sdk().fine_tuning.jobs.list(limit=2)] == made[::-1]
 
 
+@both_databases
 def test_jobs_are_filtered_by_metadata(api: Api) -> None:
     """`metadata` finds the jobs that carry it, and None those that carry nothing."""
     client = api.sdk()
@@ -70,6 +73,7 @@ def test_jobs_are_filtered_by_metadata(api: Api) -> None:
     assert [job.id for job in client.fine_tuning.jobs.list(extra_query={"metadata": "null"})] == [plain]
 
 
+@both_databases
 def test_events_come_newest_first_and_paged(api: Api) -> None:
     """Metrics and messages pass the client's types, in OpenAI's order."""
     job = api.job()
@@ -109,6 +113,7 @@ def test_pause_and_resume(api: Api) -> None:
     assert api.sdk().fine_tuning.jobs.resume(job["id"]).status == "queued"
 
 
+@both_databases
 def test_models_are_listed_retrieved_and_deleted(api: Api) -> None:
     """A base model and an adapter are both models; only the adapter can be deleted."""
     api.publish("math")

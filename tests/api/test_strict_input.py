@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 from shared import limits
 from shared.db import read
 from shared.tables import File, Job
-from tests.api.conftest import SAMPLES, Api
+from tests.api.conftest import SAMPLES, Api, both_databases
 
 JOBS = "/v1/fine_tuning/jobs"
 JSON = {"Content-Type": "application/json"}
@@ -263,6 +263,22 @@ def test_what_is_not_there_is_404(api: Api, path: str) -> None:
 
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] in ("not_found", "model_not_found")
+
+
+@both_databases
+def test_a_nul_goes_nowhere_near_the_database(api: Api) -> None:
+    """PostgreSQL refuses the character with an error of its own; nobody gets that far, by path, query or body."""
+    named = api.http.get(f"{JOBS}?after=%00"), api.http.get(f"{JOBS}?metadata[k]=%00"), api.submit(model="a\0b")
+    chat = api.http.post("/v1/chat/completions", json={"model": "\0", "messages": [{"role": "user", "content": "x"}]})
+
+    assert [(a.status_code, a.json()["error"]["param"]) for a in (*named, chat)] == [
+        (400, "after"),
+        (400, "metadata[k]"),
+        (400, "model"),
+        (400, "model"),
+    ]
+    for path in ("/v1/models/a%00b", "/v1/adapters/a%00b", "/v1/files/%00", f"{JOBS}/%00", f"{JOBS}/%00/events"):
+        assert api.http.get(path).status_code == 404
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "TRACE", "OPTIONS"])
