@@ -40,8 +40,9 @@ class _Resident:
 class ResidentAdapters:
     """Adapters by version id under a byte budget. All methods are for the thread that owns the model.
 
-    `locate` gives an adapter's directory and is called on the loader's thread, as is `on_read` after each load,
-    failed ones included. A version id names the same weights forever, so nothing is ever read again to see.
+    `locate` gives an adapter's directory and is called on the loader's thread. `on_read` is called, on either thread,
+    once a read has ended well or badly and asking again will tell. A version id names the same weights forever, so
+    nothing is read again to see.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class ResidentAdapters:
         future = self._reading.get(version_id)
         if future is None and len(self._reading) < READ_AHEAD:
             self._reading[version_id] = self._loader.submit(self._read, version_id)
+            self._reading[version_id].add_done_callback(lambda _: self._on_read())
         if future is None or not future.done():
             return Readiness.LOADING
         if (error := future.exception()) is not None:
@@ -139,12 +141,9 @@ class ResidentAdapters:
         return True
 
     def _read(self, version_id: str) -> _Read:
-        try:
-            adapter = read_adapter(self._locate(version_id))
-            size_bytes = sum(half.nbytes for pair in adapter.tensors.values() for half in pair)
-            return _Read(adapter, _digest(adapter), size_bytes)
-        finally:
-            self._on_read()
+        adapter = read_adapter(self._locate(version_id))
+        size_bytes = sum(half.nbytes for pair in adapter.tensors.values() for half in pair)
+        return _Read(adapter, _digest(adapter), size_bytes)
 
 
 def _digest(adapter: LoadedAdapter) -> str:

@@ -188,6 +188,28 @@ def adapters(base: BaseModel, shelf: AdapterShelf) -> ResidentAdapters:
     )
 
 
+def test_on_read_comes_when_asking_again_will_tell(base: BaseModel, shelf: AdapterShelf) -> None:
+    """Whoever sleeps until `on_read` finds the adapter ready: it would sleep forever if it came any earlier."""
+    name, may_read, read_ended, asked = shelf.make("a", r=2), threading.Event(), threading.Event(), threading.Event()
+
+    def locate(version_id: str) -> Path:
+        assert may_read.wait(WAIT_S)
+        return shelf.locate(version_id)
+
+    def on_read() -> None:
+        read_ended.set()
+        assert asked.wait(WAIT_S)
+
+    adapters = ResidentAdapters(AdapterManager(base.model), locate=locate, budget_bytes=1 << 30, on_read=on_read)
+    adapters.acquire(name)
+    may_read.set()
+    assert read_ended.wait(WAIT_S)
+    readiness = adapters.acquire(name)
+    asked.set()
+
+    assert readiness is Readiness.READY
+
+
 def acquire(adapters: ResidentAdapters, name: str) -> Readiness:
     """Ask until it is no longer being read."""
     deadline = threading.Event()
