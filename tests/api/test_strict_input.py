@@ -351,6 +351,18 @@ def test_a_broken_form_is_400(api: Api, body: bytes) -> None:
     assert list(api.layout.tmp.iterdir()) == []
 
 
+def test_a_client_that_sends_all_before_it_listens_hears_the_refusal(api: Api) -> None:
+    """Sixteen megabytes are refused by their length, and yet read off: else the connection is reset over the answer."""
+    host, port = api.url.removeprefix("http://").split(":")
+    size = 16 << 20
+    head = f"POST {JOBS} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=15) as connection:
+        connection.sendall(head.encode() + b"a" * size)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+
+    assert answer.startswith(b"HTTP/1.1 413")
+
+
 def test_an_upload_that_announces_too_much_is_413_unread(api: Api) -> None:
     """The length alone is enough to refuse; the client need not send 600 MiB to hear it."""
     host, port = api.url.removeprefix("http://").split(":")
