@@ -98,8 +98,8 @@ def service(env: dict[str, str]) -> Iterator[None]:
 
 
 def stop(process: "subprocess.Popen[str]") -> None:
-    """Stop the service as Ctrl-C does; what does not heed it in time is killed, and that is a failure."""
-    process.send_signal(signal.SIGINT)
+    """Stop the service in order; what does not heed the signal in time is killed, and that is a failure."""
+    process.terminate()
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:

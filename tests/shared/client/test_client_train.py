@@ -203,7 +203,9 @@ def test_watch_survives_an_outage(server: ContractServer, lorad: Lorad) -> None:
 def test_ctrl_c_detaches_without_cancelling(server: ContractServer, data: Path) -> None:
     """SIGINT ends the command, which says how to watch again; no cancel is sent and the job goes on."""
     server.script = Script([("running", [metrics(1, 4, 3.5)])])
-    command = [sys.executable, "-m", "shared.cli", "train", str(data), *TRAIN]
+    # A shell's background job ignores SIGINT, and hands that down to the tests run in it.
+    program = "import signal, shared.cli; signal.signal(signal.SIGINT, signal.default_int_handler); shared.cli.main()"
+    command = [sys.executable, "-c", program, "train", str(data), *TRAIN]
     env = os.environ | {"LORAD_BASE_URL": server.url, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
