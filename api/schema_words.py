@@ -47,8 +47,8 @@ def _between(schema: dict[str, Any], least: str, most: str, unit: str = "") -> s
     """'1..8', 'at least 1', 'above 0, at most 1', or nothing."""
     low, high = schema.get(least), schema.get(most)
     if low is not None and high is not None:
-        return f" {low:g}..{high:g}{unit}"
-    parts = [f"at least {low:g}"] if low is not None else []
-    parts += [f"above {schema['exclusiveMinimum']:g}"] if least == "minimum" and "exclusiveMinimum" in schema else []
-    parts += [f"at most {high:g}"] if high is not None else []
+        return f" {low:,}..{high:,}{unit}"
+    parts = [f"at least {low:,}"] if low is not None else []
+    parts += [f"above {schema['exclusiveMinimum']:,}"] if least == "minimum" and "exclusiveMinimum" in schema else []
+    parts += [f"at most {high:,}"] if high is not None else []
     return f" {', '.join(parts)}{unit}" if parts else ""

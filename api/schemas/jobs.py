@@ -51,7 +51,7 @@ class Training(In):
 class JobRequest(In):
     """One training job. Everything but `model` and `training_file` may be left out.
 
-    `suffix` names the adapter; without it the name comes from the job's id. A missing `seed` is drawn and kept.
+    `suffix` names the adapter; without it a name like lora-0123456789ab is made up. A missing `seed` is drawn and kept.
     `lora.target_modules` defaults to q_proj and v_proj where the model has them, else to 'attention'.
     """
 
