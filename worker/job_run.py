@@ -59,6 +59,7 @@ class JobRun:
         self._layout = layout
         self._order = Order.GO_ON
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
         self._events: list[_Event] = []
         self._report: StepReport | None = None
         self._metrics: list[dict[str, Any]] = []
@@ -130,11 +131,20 @@ class JobRun:
     def _save_checkpoint(self, step: int, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         claim = self._claim
         prepared = checkpoints.prepare(self._layout, write, job_id=claim.job_id, step=step, fence=claim.fence)
-        with db.write(self._database) as tx:
-            jobs.record_checkpoint(
-                tx, claim, checkpoint_id=prepared.checkpoint_id, step=step, manifest=prepared.manifest, metrics=metrics
-            )
-            forgotten = checkpoints.forget_old(tx, claim.job_id)
+        # With the events before it in one transaction: a resumed job does not make those steps again.
+        with self._flushing:
+            with db.write(self._database) as tx:
+                written = self._write_events(tx)
+                jobs.record_checkpoint(
+                    tx,
+                    claim,
+                    checkpoint_id=prepared.checkpoint_id,
+                    step=step,
+                    manifest=prepared.manifest,
+                    metrics=metrics,
+                )
+                forgotten = checkpoints.forget_old(tx, claim.job_id)
+            self._forget(written)
         checkpoints.remove(self._layout, forgotten)
         self._checkpointed_at = time.monotonic()
 
@@ -174,17 +184,24 @@ class JobRun:
 
     def _flush(self) -> None:
         """Write the events reported since the last flush, in order, in one transaction."""
+        with self._flushing:
+            if not self._events:
+                return
+            with db.write(self._database) as tx:
+                written = self._write_events(tx)
+            self._forget(written)
+
+    def _write_events(self, tx: db.Tx) -> int:
+        """Write the waiting events; the caller holds `_flushing`, commits, and forgets that many."""
         with self._lock:
             events = list(self._events)
-        if not events:
-            return
-        with db.write(self._database) as tx:
-            for event in events:
-                jobs.add_event(
-                    tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data
-                )
+        for event in events:
+            jobs.add_event(tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data)
+        return len(events)
+
+    def _forget(self, written: int) -> None:
         with self._lock:
-            del self._events[: len(events)]
+            del self._events[:written]
 
     # -- the ends
 
