@@ -44,7 +44,7 @@ up: setup
 # Unit tests by two processes with one torch thread each; system tests one after another, since they start whole services.
 test: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system --ignore=tests/gpu tests
-	$(PYTEST) --session-timeout=600 tests/system
+	$(PYTEST) --session-timeout=800 tests/system
 
 test-gpu: setup
 	$(PYTEST) tests/gpu

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,9 +83,9 @@ class Embedded:
         return self._children("worker.generator")
 
     def stop(self) -> None:
-        """Stop as Ctrl-C does, and hold the service to leaving nothing behind."""
+        """Stop, and hold the service to leaving nothing behind."""
         family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(timeout=60)
         assert self.process.stdout is not None
         self.process.stdout.close()
@@ -108,15 +109,20 @@ class Distributed:
         lorad("migrate", env=self.env)
         self.log = (data_dir.parent / "distributed.log").open("wb")
         self.programs = [(name, self._start(name)) for name in self.PROGRAMS]
+        self.stopping = threading.Event()
+        self.restarter = threading.Thread(target=self._restart_what_dies, name="restart policy")
+        self.restarter.start()
 
     def _start(self, name: str) -> psutil.Popen:
         argv = [sys.executable, "-m", "shared.cli", name]
         return psutil.Popen(argv, env=self.env, stdout=self.log, stderr=self.log)
 
+    def _restart_what_dies(self) -> None:
+        """What a container engine's restart policy does."""
+        while not self.stopping.wait(0.2):
+            self.programs = [(name, p if p.poll() is None else self._start(name)) for name, p in self.programs]
+
     def _of(self, name: str) -> list[psutil.Process]:
-        self.programs = [
-            (n, p if p.poll() is None else self._start(n)) for n, p in self.programs
-        ]  # what a container engine's restart policy does
         return [p for n, p in self.programs if n == name]
 
     def trainers(self) -> list[psutil.Process]:
@@ -126,6 +132,8 @@ class Distributed:
         return self._of("generator")
 
     def stop(self) -> None:
+        self.stopping.set()
+        self.restarter.join()
         for _, process in self.programs:
             process.terminate()
         codes = [(name, process.wait(timeout=60)) for name, process in self.programs]
