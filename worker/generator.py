@@ -51,10 +51,13 @@ class Generator:
         writer = self._queue.writer(request.request_id)
         try:
             stream = self._engine(request.base_model_id).submit(request)
-            for chunk in stream:
-                writer.write(chunk)
-                if not chunk.is_last and writer.is_cancelled():
-                    stream.cancel()
+            try:
+                for chunk in stream:
+                    writer.write(chunk)
+                    if not chunk.is_last and writer.is_cancelled():
+                        break
+            finally:
+                stream.cancel()  # nobody reads on: frees the row; after the last chunk it does nothing
         except LoradError as error:
             failure = ChunkError(code=error.error_code, message=error.message, param=error.param)
             writer.write(Chunk(error=failure))

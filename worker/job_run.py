@@ -74,7 +74,7 @@ class JobRun:
             with self._pulse():
                 result = self._train(engine_for)
                 prepared = self._prepare_version(result) if result.outcome == "finished" else None
-            self._flush()
+            self._end(self._write_events)
             if prepared is not None:
                 self._publish(prepared, result)
             else:
@@ -242,7 +242,6 @@ class JobRun:
             self._end(commit)
         except CancelRequested:
             self._end(lambda tx: jobs.stop_cancelled(tx, claim))
-        log.info("%s: succeeded", claim.job_id)
 
     def _stop_as_ordered(self, order: Order | None) -> None:
         if order is Order.CANCEL:
@@ -255,13 +254,17 @@ class JobRun:
             reason = "the trainer is shutting down"
             self._end(lambda tx: jobs.give_back(tx, self._claim, charge=False, reason=reason))
 
-    def _end(self, write: Callable[[db.Tx], None]) -> None:
-        """Perform the last write, waiting for a database that is away; keeps the lease no longer alive than it is."""
+    def _end(self, write: Callable[[db.Tx], object]) -> None:
+        """Perform a last write, waiting for a database that is away: what was trained is not thrown away for that.
+
+        The pulse has ended, so the lease may run out meanwhile; the fence then keeps the write from happening.
+        """
         until = time.monotonic() + PUBLISH_RETRY_S
         while True:
             try:
                 with db.write(self._database) as tx:
-                    return write(tx)
+                    write(tx)
+                return
             except OwnershipLost:
                 log.warning("%s: ownership lost, nothing published", self._claim.job_id)
                 return

@@ -56,7 +56,8 @@ class Trainer:
 
 
 class _Bench:
-    """The one engine of this process; another base model takes its place once the jobs on it have ended."""
+    """The one engine of this process. Another base model takes its place: jobs still on it, which there are only with
+    more than one slot, are checkpointed and given back."""
 
     def __init__(self, settings: Settings, database: Engine, layout: Layout) -> None:
         self._settings = settings
