@@ -18,10 +18,16 @@ class Spec(BaseModel):
 
 TargetPreset = Literal["attention", "mlp", "all-linear"]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)]
+LrSchedule = Literal["linear", "cosine", "constant"]
+VersionId = Annotated[str, Field(pattern=r"^adv-[0-9a-f]{32}$")]
 
 
 class LoraSpec(Spec):
-    """Shape of one adapter. The update is s * B A with s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    """Shape of one adapter. The update is s * B A with s = alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+    The patterns give single modules another r or alpha: keys are module names, matched as targets are (exactly or as
+    dotted suffix); the first that matches counts.
+    """
 
     r: Annotated[int, Field(ge=1, le=limits.MAX_RANK)] = 8
     alpha: Annotated[float, Field(gt=0, le=limits.MAX_ALPHA)] = 16.0
@@ -31,16 +37,25 @@ class LoraSpec(Spec):
         "v_proj",
     ]
     use_rslora: bool = False
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (self.r**0.5 if self.use_rslora else self.r)
+    rank_pattern: Annotated[
+        dict[ModuleName, Annotated[int, Field(ge=1, le=limits.MAX_RANK)]], Field(max_length=limits.MAX_PATTERNS)
+    ] = {}
+    alpha_pattern: Annotated[
+        dict[ModuleName, Annotated[float, Field(gt=0, le=limits.MAX_ALPHA)]], Field(max_length=limits.MAX_PATTERNS)
+    ] = {}
 
 
 class TrainSpec(Spec):
     """How one adapter is trained; every value is resolved, nothing is 'auto' any more.
 
     One optimizer step sees `batch_size` samples. `max_steps` wins over `n_epochs`. Lengths are in tokens.
+    B learns at `lora_plus_ratio` times the rate of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
+
+    `validation_split` is the share of the training file's samples that are held out; it excludes a validation file.
+    Evaluations come every `eval_every` steps (None: after each epoch) and at the end. Training stops early after
+    `early_stopping_patience` evaluations in a row without a lower validation loss, and after `max_seconds` of
+    training, whatever attempts they were spent in. `publish` "best" publishes the adapter of the evaluation with the
+    lowest loss. `init_from` is the id of the adapter version whose weights are the start; the optimizer starts fresh.
     """
 
     lora: LoraSpec = LoraSpec()
@@ -49,13 +64,20 @@ class TrainSpec(Spec):
     batch_size: Annotated[int, Field(ge=1, le=limits.MAX_BATCH_SIZE)] = 8
     max_steps: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
     learning_rate: Annotated[float, Field(gt=0, le=limits.MAX_LEARNING_RATE)] = 2e-4
-    lr_schedule: Literal["linear", "constant"] = "linear"
+    lr_schedule: LrSchedule = "linear"
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=limits.MAX_LORA_PLUS_RATIO)] = 1.0
     warmup_steps: Annotated[int, Field(ge=0, le=limits.MAX_STEPS)] = 0
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
     max_seq_len: Annotated[int, Field(ge=8, le=limits.MAX_SEQ_LEN)] = 1024
     train_on: Literal["completion", "all"] = "completion"
     checkpoint_every: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
+    max_seconds: Annotated[int, Field(ge=1, le=limits.MAX_SECONDS)] | None = None
+    validation_split: Annotated[float, Field(gt=0, le=0.5)] | None = None
+    eval_every: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
+    early_stopping_patience: Annotated[int, Field(ge=1, le=limits.MAX_STEPS)] | None = None
+    publish: Literal["last", "best"] = "last"
+    init_from: VersionId | None = None
 
 
 class Order(StrEnum):
