@@ -48,16 +48,25 @@ def head_of(model: Any) -> LogitHead:
     return LogitHead(head.weight, head.bias, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
-def loss_sum(hidden_NH: Tensor, targets_N: Tensor, head: LogitHead) -> Tensor:
-    """Sum over positions of -log softmax(logits)[target], in nats: a differentiable scalar, 0 for no position.
+def weighted_loss(hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor, head: LogitHead) -> tuple[Tensor, Tensor]:
+    """(sum_i w_i l_i, l) with l_i = -log softmax(logits_i)[target_i], in nats: a scalar, 0 for no position, and (N,).
 
-    The gradient for `hidden_NH` is formed in the forward pass, while a chunk's logits are at hand:
-        dL/dlogits = softmax(logits) - onehot(target),   dL/dh = dL/dlogits * cap' * multiplier @ W
-    so backward only multiplies. W and b are frozen and get none. hidden (N, H) any float dtype, targets (N,) int64.
+    Only the scalar is differentiable, and only for `hidden_NH`; both are at least fp32. The gradient is formed in the
+    forward pass, while a chunk's logits are at hand:
+        dL/dlogits = w (softmax(logits) - onehot(target)),   dL/dh = dL/dlogits * cap' * multiplier @ W
+    so backward only multiplies. W and b are frozen and get none. Each position has its own row in all of this: one that
+    is not finite spoils the scalar and its own gradient, but no other position's gradient or loss.
+
+    hidden (N, H) any float dtype, targets (N,) int64, weights (N,) float.
     Source: the chunking of Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989, section 3.2.
     """
-    result: Tensor = _LossSum.apply(hidden_NH, targets_N, head)  # type: ignore[no-untyped-call]  # torch types none of these
-    return result
+    total, losses_N = _WeightedLoss.apply(hidden_NH, targets_N, weights_N, head)  # type: ignore[no-untyped-call]  # torch
+    return total, losses_N
+
+
+def loss_sum(hidden_NH: Tensor, targets_N: Tensor, head: LogitHead) -> Tensor:
+    """The sum of all positions' losses, each of weight 1."""
+    return weighted_loss(hidden_NH, targets_N, torch.ones(len(targets_N), device=hidden_NH.device), head)[0]
 
 
 @dataclass(frozen=True)
@@ -77,40 +86,45 @@ def score(hidden_NH: Tensor, targets_N: Tensor, head: LogitHead) -> Score:
     """Loss and accuracy without gradients, in chunks."""
     loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
     correct = torch.zeros((), dtype=torch.int64, device=hidden_NH.device)
-    for hidden_CH, targets_C in _chunks(hidden_NH, targets_N, head):
-        logits_CV = head.logits(hidden_CH)
+    for rows in _chunks(targets_N, head):
+        targets_C = targets_N[rows]
+        logits_CV = head.logits(hidden_NH[rows])
         loss += torch.nn.functional.cross_entropy(logits_CV, targets_C, reduction="sum")
         correct += (logits_CV.argmax(dim=-1) == targets_C).sum()
     return Score(float(loss), int(correct), len(targets_N))
 
 
-class _LossSum(torch.autograd.Function):
+class _WeightedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: LogitHead) -> Tensor:
-        total = torch.zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32), device=hidden_NH.device)
-        grads = []
-        for hidden_CH, targets_C in _chunks(hidden_NH, targets_N, head):
-            logits_CV = head.logits(hidden_CH)
-            at_target_C1 = targets_C[:, None]
+    def forward(
+        ctx: Any, hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor, head: LogitHead
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+        losses_N = torch.empty(len(targets_N), dtype=dtype, device=hidden_NH.device)
+        grad_NH = torch.empty_like(hidden_NH)
+        for rows in _chunks(targets_N, head):
+            at_target_C1 = targets_N[rows, None]
+            logits_CV = head.logits(hidden_NH[rows])
             slope_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap).square()
             lse_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-            total += (lse_C1 - logits_CV.gather(1, at_target_C1)).sum()
+            losses_N[rows] = (lse_C1 - logits_CV.gather(1, at_target_C1))[:, 0]
             d_logits_CV = logits_CV.sub_(lse_C1).exp_()
             d_logits_CV.scatter_add_(1, at_target_C1, torch.full_like(lse_C1, -1.0))
             if slope_CV is not None:
                 d_logits_CV.mul_(slope_CV)
-            grads.append(d_logits_CV.mul_(head.multiplier).to(head.weight.dtype) @ head.weight)
-        ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_NH))
-        return total
+            d_logits_CV.mul_(weights_N[rows, None] * head.multiplier)
+            torch.mm(d_logits_CV.to(head.weight.dtype), head.weight, out=grad_NH[rows])
+        ctx.save_for_backward(grad_NH)
+        ctx.mark_non_differentiable(losses_N)
+        return weights_N.to(dtype) @ losses_N, losses_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, d_total: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_NH,) = ctx.saved_tensors
-        return (grad_NH * d_total).to(grad_NH.dtype), None, None
+        return (grad_NH * d_total).to(grad_NH.dtype), None, None, None
 
 
-def _chunks(hidden_NH: Tensor, targets_N: Tensor, head: LogitHead) -> list[tuple[Tensor, Tensor]]:
+def _chunks(targets_N: Tensor, head: LogitHead) -> list[slice]:
     size = max(1, CHUNK_LOGITS // head.weight.shape[0])
-    starts = range(0, len(targets_N), size)
-    return [(hidden_NH[start : start + size], targets_N[start : start + size]) for start in starts]
+    return [slice(start, start + size) for start in range(0, len(targets_N), size)]

@@ -15,7 +15,7 @@ from worker.attention import packed_segments
 from worker.base_model import BaseModel
 from worker.lora.manager import AdapterManager
 from worker.training import loss
-from worker.training.loss import LogitHead, head_of, loss_sum, score
+from worker.training.loss import LogitHead, head_of, loss_sum, score, weighted_loss
 from worker.training.run import TrainingRun
 
 HEADS = {
@@ -71,6 +71,41 @@ def test_gradient_is_the_derivative(kind: str) -> None:
     hidden, targets, head = random_problem(kind)
 
     assert torch.autograd.gradcheck(lambda h: loss_sum(h, targets, head), (hidden,))
+
+
+@pytest.mark.usefixtures("chunk_rows")
+@pytest.mark.parametrize("kind", HEADS)
+def test_each_position_has_its_weight(kind: str) -> None:
+    """Losses come unweighted, one a position; total and gradient are those of their weighted sum."""
+    hidden, targets, head = random_problem(kind)
+    weights = torch.linspace(0.0, 2.0, 7, dtype=torch.float64)
+    total, losses = weighted_loss(hidden, targets, weights, head)
+    (grad,) = torch.autograd.grad(total, hidden)
+    expected = torch.stack([plain_loss(hidden[i : i + 1], targets[i : i + 1], head) for i in range(7)])
+    (expected_grad,) = torch.autograd.grad(weights @ expected, hidden)
+
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(total, weights @ losses)
+    torch.testing.assert_close(grad, expected_grad)
+    assert not losses.requires_grad
+
+
+@pytest.mark.usefixtures("chunk_rows")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_spoilt_position_spoils_no_other(dtype: torch.dtype) -> None:
+    """NaN and infinite hidden states leave every other position's loss and gradient as they were, bit for bit."""
+    hidden, targets, head = random_problem("plain", dtype)
+    total, losses = weighted_loss(hidden, targets, torch.ones(7), head)
+    (grad,) = torch.autograd.grad(total, hidden)
+    spoilt = hidden.detach().clone()
+    spoilt[1], spoilt[4] = float("nan"), float("inf")
+    total, spoilt_losses = weighted_loss(spoilt.requires_grad_(), targets, torch.ones(7), head)
+    (spoilt_grad,) = torch.autograd.grad(total, spoilt)
+    others = [0, 2, 3, 5, 6]
+
+    assert torch.equal(spoilt_losses[others], losses[others])
+    assert torch.equal(spoilt_grad[others], grad[others])
+    assert not torch.isfinite(spoilt_losses[[1, 4]]).any()
 
 
 def test_no_label_is_no_loss() -> None:
