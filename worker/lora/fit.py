@@ -1,9 +1,14 @@
-"""Whether an adapter fits a base model."""
+"""Whether an adapter fits a base model, and a shape that it is to be trained on in."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from shared.errors import IncompatibleAdapter
-from worker.lora.spec import LoadedAdapter
+from shared.errors import IncompatibleAdapter, UnknownTarget
+from shared.specs import LoraSpec
+from worker.lora.spec import AdapterSpec, LoadedAdapter
 from worker.lora.targets import bare, head_paths, linear_modules, matches
 from worker.lora.update import weight_OI
 
@@ -17,13 +22,49 @@ def check_fits(model: nn.Module, adapter: LoadedAdapter, *, name: str) -> None:
     """
     problems = _problems(model, adapter)
     if problems:
-        base = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise IncompatibleAdapter(f"adapter {name} does not fit {_called(model)!r}: {_told(problems)}",
+                                  param="adapter_model")  # fmt: skip
+
+
+def check_continues(model: nn.Module, adapter: LoadedAdapter, spec: AdapterSpec, *, name: str) -> None:
+    """`spec` on `model` has just the modules, ranks and scales of `adapter`, so that training can go on from there.
+
+    Raises one IncompatibleAdapter for all that differs. Changes nothing.
+    """
+    problems = _problems(model, replace(adapter, spec=spec)) + [
+        f"{path} is scaled by {adapter.spec.scaling(path):g}, the new shape says {spec.scaling(path):g}"
+        for path in sorted(adapter.tensors)
+        if not math.isclose(adapter.spec.scaling(path), spec.scaling(path))
+    ]
+    if problems:
         raise IncompatibleAdapter(
-            f"adapter {name} does not fit {base!r}: {len(problems)} "
-            f"{'module' if len(problems) == 1 else 'modules'} -- {'; '.join(problems[:_SHOWN])}{more}",
-            param="adapter_model",
+            f"adapter {name} cannot start from these weights on {_called(model)!r}: {_told(problems)}",
+            param="training.init_from",
         )
+
+
+def check_patterns(paths: Iterable[str], spec: LoraSpec) -> None:
+    """Every key of the patterns matches one of `paths`, the modules that are adapted; raises UnknownTarget."""
+    adapted = list(paths)
+    unknown = {
+        field: [key for key in pattern if not any(matches(path, key) for path in adapted)]
+        for field, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern))
+    }
+    told = [f"{field}: {', '.join(map(repr, keys))} match" for field, keys in unknown.items() if keys]
+    if told:
+        leaves = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in adapted))
+        first = next(field for field, keys in unknown.items() if keys)
+        raise UnknownTarget(f"{'; '.join(told)} no adapted module; adapted are {leaves}", param=f"lora.{first}")
+
+
+def _called(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
+def _told(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    noun = "module" if len(problems) == 1 else "modules"
+    return f"{len(problems)} {noun} -- {'; '.join(problems[:_SHOWN])}{more}"
 
 
 def _problems(model: nn.Module, adapter: LoadedAdapter) -> list[str]:

@@ -65,6 +65,8 @@ def _card(spec: AdapterSpec, base_model_name: str) -> str:
     """The model card. Names are quoted as JSON, which YAML reads as it is and which ends no line early."""
     name = json.dumps(base_model_name)
     targets = spec.target_modules if isinstance(spec.target_modules, str) else ", ".join(spec.target_modules)
+    own = len(spec.rank_pattern.keys() | spec.alpha_pattern.keys())
+    but = f"; {own} patterns in {CONFIG_NAME} give single modules their own r or alpha" if own else ""
     kind = "rsLoRA (s = alpha / sqrt(r))" if spec.use_rslora else "LoRA (s = alpha / r)"
     return f"""---
 base_model: {name}
@@ -77,7 +79,7 @@ tags:
 
 # LoRA adapter for {name}
 
-{kind}, r = {spec.r}, alpha = {spec.alpha:g}, dropout = {spec.dropout:g}, on {targets}.
+{kind}, r = {spec.r}, alpha = {spec.alpha:g}, dropout = {spec.dropout:g}, on {targets}{but}.
 
 The files are in PEFT's format: `PeftModel.from_pretrained(base_model, this_directory)`.
 """

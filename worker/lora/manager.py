@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from shared.errors import NotFound, StateConflict
 from shared.specs import LoraSpec
 from worker.lora import routing
-from worker.lora.fit import check_fits
+from worker.lora.fit import check_continues, check_fits, check_patterns
 from worker.lora.format import read_adapter, write_adapter
 from worker.lora.layer import LoRALinear, LowRank, initial_a
 from worker.lora.routing import Route, Routing
@@ -53,23 +53,32 @@ class AdapterManager:
         """Attach a fresh, trainable adapter that changes nothing yet (B = 0); returns the paths of its modules.
 
         `seed` fixes A and the dropout; they are drawn from the adapter's own generators, torch's global one is left
-        alone. Raises UnknownTarget, and StateConflict if the name is taken.
+        alone. Raises UnknownTarget, also for a pattern that matches nothing, and StateConflict if the name is taken.
         """
         self._must_be_free(name)
-        paths = resolve_targets(self.model, spec.target_modules)
+        paths, own_spec = self._resolved(spec)
         layers = linear_modules(self.model)
         own_draws = torch.Generator().manual_seed(_fresh_seed() if seed is None else seed)
         tensors: dict[str, tuple[Tensor, Tensor]] = {}
         for path in paths:
             out_features, in_features = weight_OI(bare(layers[path])).shape
-            a_RI = initial_a(spec.r, in_features, own_draws)
-            tensors[path] = (a_RI, torch.zeros(out_features, spec.r))
-        own_spec = AdapterSpec.of(
-            spec,
-            tuple(shortest_names(self.model, paths)),
-            fan_in_fan_out=any(isinstance(bare(layers[path]), Conv1D) for path in paths),
-        )
-        self._attach(name, own_spec, tensors, int(torch.randint(2**62, (), generator=own_draws)))
+            rank = own_spec.rank(path)
+            tensors[path] = (initial_a(rank, in_features, own_draws), torch.zeros(out_features, rank))
+        self._attach(name, own_spec, tensors, _drawn_seed(own_draws))
+        return paths
+
+    def add_from(self, name: str, adapter: LoadedAdapter, spec: LoraSpec, *, seed: int | None = None) -> Names:
+        """Attach a trainable adapter that starts at a copy of `adapter`'s tensors; returns the paths of its modules.
+
+        It has `spec`'s dropout, which `seed` fixes. All else in `spec` must be what `adapter` is, module by module:
+        raises IncompatibleAdapter that lists every rank and scale that is not, and UnknownTarget and StateConflict as
+        `add` does.
+        """
+        self._must_be_free(name)
+        paths, own_spec = self._resolved(spec)
+        check_continues(self.model, adapter, own_spec, name=name)
+        own_draws = torch.Generator().manual_seed(_fresh_seed() if seed is None else seed)
+        self._attach(name, own_spec, adapter.tensors, _drawn_seed(own_draws))
         return paths
 
     def load(self, name: str, directory: Path) -> None:
@@ -182,6 +191,14 @@ class AdapterManager:
     def __contains__(self, name: object) -> bool:
         return name in self._attached
 
+    def _resolved(self, spec: LoraSpec) -> tuple[Names, AdapterSpec]:
+        """The paths that `spec` selects, and `spec` with names that select just those, also after a round trip."""
+        paths = resolve_targets(self.model, spec.target_modules)
+        check_patterns(paths, spec)
+        layers = linear_modules(self.model)
+        is_transposed = any(isinstance(bare(layers[path]), Conv1D) for path in paths)
+        return paths, AdapterSpec.of(spec, tuple(shortest_names(self.model, paths)), fan_in_fan_out=is_transposed)
+
     def _attach(self, name: str, spec: AdapterSpec, tensors: Tensors, dropout_seed: int) -> None:
         """Nothing here can fail half way: targets and shapes were checked before."""
         if not self._attached:
@@ -239,3 +256,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def _fresh_seed() -> int:
     return secrets.randbits(63)
+
+
+def _drawn_seed(draws: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=draws))

@@ -32,7 +32,8 @@ class AdapterSpec:
     def of(cls, spec: LoraSpec, target_modules: tuple[str, ...], *, fan_in_fan_out: bool) -> "AdapterSpec":
         """`spec` with its targets resolved to names that select just the modules of one base model."""
         return cls(r=spec.r, alpha=spec.alpha, dropout=spec.dropout, use_rslora=spec.use_rslora,
-                   target_modules=target_modules, fan_in_fan_out=fan_in_fan_out)  # fmt: skip
+                   target_modules=target_modules, rank_pattern=dict(spec.rank_pattern),
+                   alpha_pattern=dict(spec.alpha_pattern), fan_in_fan_out=fan_in_fan_out)  # fmt: skip
 
     def rank(self, path: str) -> int:
         return next((r for name, r in self.rank_pattern.items() if matches(path, name)), self.r)
