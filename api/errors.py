@@ -38,7 +38,7 @@ TABLE: dict[type[errors.LoradError], Answer] = {
     errors.UnsupportedMediaType: Answer(415, "invalid_request_error"),
     errors.QueueFull: Answer(429, "rate_limit_error", _SOON),
     errors.Unavailable: Answer(503, "server_error", _SOON),
-    errors.GenerationTimeout: Answer(504, "server_error", _NO_RETRY),
+    errors.DeadlineExceeded: Answer(504, "server_error", _NO_RETRY),
     errors.LoradError: Answer(500, "server_error"),
 }
 

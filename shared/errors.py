@@ -127,10 +127,14 @@ class QueueFull(LoradError):
     code = "queue_full"
 
 
-class GenerationTimeout(LoradError):
+class DeadlineExceeded(LoradError):
     """The answer was not ready before the deadline."""
 
     code = "deadline_exceeded"
+
+
+class GenerationTimeout(DeadlineExceeded):
+    """The answer was not ready before the deadline."""
 
 
 class OwnershipLost(LoradError):

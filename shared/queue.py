@@ -1,4 +1,4 @@
-"""Doorbells for trainers and requests for generators, over Celery on Redis or Valkey. Hides both.
+"""Doorbells and inspections for trainers, requests for generators, over Celery on Redis or Valkey. Hides both.
 
 The ledger is the database; a message that is lost, repeated or late does no harm. Hence early acknowledgement, no
 result backend, no prefetch, and a publisher that gives up after 2 s instead of waiting for the broker.
@@ -7,7 +7,7 @@ result backend, no prefetch, and a publisher that gives up after 2 s instead of 
 import logging
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import redis
 from celery import Celery
@@ -17,24 +17,31 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from shared import ids
-from shared.errors import GenerationTimeout, InvalidRequest, QueueFull, Unavailable
-from shared.specs import Chunk, GenerationRequest
+from shared.answers import PREFIX, AnswerReader, AnswerWriter
+from shared.errors import DeadlineExceeded, GenerationTimeout, InvalidRequest, QueueFull, Unavailable
+from shared.specs import Chunk, GenerationRequest, Inspection, InspectionRequest
 
 log = logging.getLogger(__name__)
 
 TRAIN_TASK: Final = "lorad.train"
 GENERATE_TASK: Final = "lorad.generate"
 TRAIN_QUEUE: Final = "train"
-PREFIX: Final = "lorad:"
+INSPECT_TASK: Final = "lorad.inspect"
+INSPECT_QUEUE: Final = "inspect"
 TIMEOUT_S: Final = 2.0
 MAX_DOORBELLS: Final = 100
 """No more than these wait at once: each only says 'look'."""
 MAX_WAITING: Final = 1000
 """Generation requests that may wait for one base model."""
-CHUNKS_EXPIRE_S: Final = 600
+MAX_INSPECTIONS: Final = 32
+"""Inspections that may wait for a trainer."""
+TAKEN_S: Final = 10
+"""How long an inspection waits for a trainer to begin with it."""
 MAX_CONNECTIONS: Final = 32
 """Messages that one process publishes at the same moment."""
-BLOCK_MS: Final = 1000
+
+ChunkWriter = AnswerWriter[Chunk]
+R = TypeVar("R", GenerationRequest, InspectionRequest)
 
 
 def generate_queue(base_model_id: str) -> str:
@@ -77,39 +84,22 @@ def celery_app(broker_url: str, *, timeout_s: float = 30.0) -> Celery:
 
 def received_request(payload: object) -> GenerationRequest:
     """The request in a message's payload, validated again: anybody on the broker can write messages."""
+    return _received(payload, GenerationRequest)
+
+
+def received_inspection(payload: object) -> InspectionRequest:
+    """The request in a message's payload, validated again: anybody on the broker can write messages."""
+    return _received(payload, InspectionRequest)
+
+
+def _received(payload: object, kind: type[R]) -> R:
     try:
-        request = GenerationRequest.model_validate(payload)
+        request = kind.model_validate(payload)
     except ValidationError as error:
-        raise InvalidRequest(f"not a generation request: {error.error_count()} problems") from error
+        raise InvalidRequest(f"not a {kind.__name__}: {error.error_count()} problems") from error
     if not ids.is_id(request.request_id, ids.REQUEST):
-        raise InvalidRequest("not a generation request: request_id is not an id")
+        raise InvalidRequest(f"not a {kind.__name__}: request_id is not an id")
     return request
-
-
-class ChunkWriter:
-    """Writes the chunks of one answer to where `Queue.generate` reads them."""
-
-    def __init__(self, client: "redis.Redis", request_id: str) -> None:
-        self._client = client
-        self._stream = _stream_key(request_id)
-        self._cancelled = _cancel_key(request_id)
-
-    def write(self, chunk: Chunk) -> None:
-        """Append a chunk; raises Unavailable when the broker is down."""
-        try:
-            with self._client.pipeline() as batch:
-                batch.xadd(self._stream, {"chunk": chunk.model_dump_json(exclude_defaults=True)})
-                batch.expire(self._stream, CHUNKS_EXPIRE_S)
-                batch.execute()
-        except redis.RedisError as error:
-            raise Unavailable("the broker does not answer") from error
-
-    def is_cancelled(self) -> bool:
-        """True when nobody listens any more; raises Unavailable when the broker is down."""
-        try:
-            return bool(self._client.exists(self._cancelled))
-        except redis.RedisError as error:
-            raise Unavailable("the broker does not answer") from error
 
 
 class Queue:
@@ -153,11 +143,37 @@ class Queue:
             raise QueueFull
         remaining_s = max(request.deadline_unix_s - time.time(), 0.0)
         self._send(GENERATE_TASK, queue, [request.model_dump(mode="json")], expires=remaining_s)
-        return self._read(request)
+        return self._chunks(request)
 
     def writer(self, request_id: str) -> ChunkWriter:
         """Where a generator writes the answer to this request."""
-        return ChunkWriter(self._client, request_id)
+        return AnswerWriter(self._client, request_id)
+
+    def inspect(self, request: InspectionRequest) -> Inspection:
+        """The last piece of a trainer's answer; waits for it until `deadline_unix_s`.
+
+        Raises Unavailable (broker down; no trainer began within TAKEN_S), QueueFull, DeadlineExceeded.
+        """
+        if not ids.is_id(request.request_id, ids.REQUEST):
+            raise InvalidRequest("request_id is not an id")
+        if self._waiting(INSPECT_QUEUE) >= MAX_INSPECTIONS:
+            raise QueueFull
+        taken_by = min(request.deadline_unix_s, time.time() + TAKEN_S)
+        self._send(INSPECT_TASK, INSPECT_QUEUE, [request.model_dump(mode="json")], expires=taken_by - time.time())
+        self._forget_later(INSPECT_QUEUE)
+        with AnswerReader(self._client, request.request_id, Inspection) as answer:
+            piece = answer.next(until_unix_s=taken_by)
+            if piece is None:
+                raise Unavailable("no trainer took the request: none is running, or each is busy with another data set")
+            while not piece.is_last:
+                piece = answer.next(until_unix_s=request.deadline_unix_s)
+                if piece is None:
+                    raise DeadlineExceeded("a trainer is reading the data set, but did not get through it in time")
+        return piece
+
+    def inspection_writer(self, request_id: str) -> AnswerWriter[Inspection]:
+        """Where a trainer writes the answer to this inspection."""
+        return AnswerWriter(self._client, request_id)
 
     def ping(self) -> bool:
         """True if the broker answers within 2 s."""
@@ -177,6 +193,13 @@ class Queue:
         except redis.RedisError as error:
             raise Unavailable("the broker does not answer") from error
 
+    def _forget_later(self, queue: str) -> None:
+        """Let the messages of a queue go once the newest is too old: without a trainer nobody else removes them."""
+        try:
+            self._client.expire(PREFIX + queue, TAKEN_S)
+        except redis.RedisError as error:
+            raise Unavailable("the broker does not answer") from error
+
     def _send(self, task: str, queue: str, arguments: list[Any], *, expires: float | None = None) -> None:
         try:
             with self._connections.acquire(block=True) as connection:
@@ -192,45 +215,13 @@ class Queue:
         except (OperationalError, redis.RedisError, OSError) as error:
             raise Unavailable("the broker does not answer") from error
 
-    def _read(self, request: GenerationRequest) -> Iterator[Chunk]:
+    def _chunks(self, request: GenerationRequest) -> Iterator[Chunk]:
         """The chunks as they come. Leaves the cancel flag behind unless the last chunk was reached."""
-        stream, seen, is_whole = _stream_key(request.request_id), "0", False
-        try:
+        with AnswerReader(self._client, request.request_id, Chunk) as answer:
             while True:
-                remaining_ms = int((request.deadline_unix_s - time.time()) * 1000)
-                if remaining_ms <= 0:
+                chunk = answer.next(until_unix_s=request.deadline_unix_s)
+                if chunk is None:
                     raise GenerationTimeout
-                for key, chunk in self._next_chunks(stream, seen, min(remaining_ms, BLOCK_MS)):
-                    seen, is_whole = key, chunk.is_last
-                    yield chunk
-                    if is_whole:
-                        return
-        finally:
-            self._end(request.request_id, is_whole=is_whole)
-
-    def _next_chunks(self, stream: str, seen: str, block_ms: int) -> list[tuple[str, Chunk]]:
-        try:
-            answer: Any = self._client.xread({stream: seen}, count=256, block=block_ms)
-            entries = answer[0][1] if answer else []
-            return [(key, Chunk.model_validate_json(fields["chunk"])) for key, fields in entries]
-        except redis.RedisError as error:
-            raise Unavailable("the broker went away in the middle of an answer") from error
-        except (ValidationError, KeyError) as error:
-            raise Unavailable("the answer on the broker is not one of ours") from error
-
-    def _end(self, request_id: str, *, is_whole: bool) -> None:
-        try:
-            if is_whole:
-                self._client.delete(_stream_key(request_id))
-            else:
-                self._client.set(_cancel_key(request_id), "1", ex=CHUNKS_EXPIRE_S)
-        except redis.RedisError as error:
-            log.warning("request %s could not be ended on the broker: %s", request_id, error)
-
-
-def _stream_key(request_id: str) -> str:
-    return f"{PREFIX}chunks:{request_id}"
-
-
-def _cancel_key(request_id: str) -> str:
-    return f"{PREFIX}cancel:{request_id}"
+                yield chunk
+                if chunk.is_last:
+                    return

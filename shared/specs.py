@@ -7,7 +7,7 @@ All are frozen, validated on both sides, and refuse unknown fields; JSON in the 
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from shared import limits
 
@@ -164,3 +164,48 @@ class Chunk(Spec):
     @property
     def is_last(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+
+class InspectionRequest(Spec):
+    """Ask what training would see: one tenant's files, as this base model and this spec tokenise them.
+
+    `deadline_unix_s` is wall time after which nobody listens.
+    """
+
+    request_id: str
+    tenant: str
+    base_model_id: str
+    training_file_id: str
+    validation_file_id: str | None = None
+    spec: TrainSpec
+    deadline_unix_s: float
+
+
+class Foreseen(Spec):
+    """What training would see and need. `training` and `validation` are reports on the tokens of the two files.
+
+    Tokens are those that are trained on, labels those of them that are learnt; in one epoch, and in all `total_steps`.
+    `memory_bytes` estimates the most that a trainer with this job alone needs, the base model included.
+    """
+
+    training: dict[str, JsonValue]
+    validation: dict[str, JsonValue] | None
+    steps_per_epoch: int
+    total_steps: int
+    num_tokens_per_epoch: int
+    num_label_tokens_per_epoch: int
+    num_tokens: int
+    num_label_tokens: int
+    trainable_parameters: int
+    memory_bytes: int
+
+
+class Inspection(Spec):
+    """The answer to an inspection. A first one without anything says that a trainer has begun; the last has either."""
+
+    found: Foreseen | None = None
+    error: ChunkError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.found is not None or self.error is not None

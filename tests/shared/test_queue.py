@@ -12,13 +12,12 @@ from celery import Celery
 from celery.contrib.testing.worker import start_worker
 
 from shared import ids
+from shared.answers import ANSWERS_EXPIRE_S, PREFIX
 from shared.errors import GenerationTimeout, InvalidRequest, QueueFull, Unavailable
 from shared.queue import (
-    CHUNKS_EXPIRE_S,
     GENERATE_TASK,
     MAX_DOORBELLS,
     MAX_WAITING,
-    PREFIX,
     TRAIN_TASK,
     Queue,
     celery_app,
@@ -141,7 +140,7 @@ def test_an_unread_answer_expires(queue: Queue, broker: Broker) -> None:
     request = request_for()
     queue.writer(request.request_id).write(Chunk(text="a"))
 
-    assert 0 < broker.client.ttl(f"{PREFIX}chunks:{request.request_id}") <= CHUNKS_EXPIRE_S
+    assert 0 < broker.client.ttl(f"{PREFIX}chunks:{request.request_id}") <= ANSWERS_EXPIRE_S
 
 
 def test_closing_early_cancels(queue: Queue) -> None:
