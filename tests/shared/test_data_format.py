@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ BAD_LINES = {
     "deep": ("[" * 200_000, "", "invalid_json"),
     "long number": ('{"text": ' + "9" * 5000 + "}", "", "invalid_json"),
     "list": ('["a"]', "", "not_an_object"),
-    "other keys": ('{"question": "q", "answer": "a"}', "", "unknown_format"),
+    "other keys": ('{"query": "q", "response": "a"}', "", "unknown_format"),
     "empty object": ("{}", "", "unknown_format"),
     "no completion": ('{"prompt": "p"}', "completion", "missing"),
     "no prompt": ('{"completion": "c"}', "prompt", "missing"),
@@ -99,7 +100,7 @@ BAD_LINES = {
     "number": ('{"text": 5}', "text", "wrong_type"),
     "null": ('{"text": null}', "text", "missing"),
     "half a surrogate": ('{"text": "\\ud800"}', "text", "invalid_unicode"),
-    "more keys": ('{"text": "t", "id": 5}', "id", "unknown_key"),
+    "more keys": ('{"text": "t", "labels": 5}', "labels", "unknown_key"),
     "unprintable key": ('{"text": "t", "a\\u0000\\ud800": 5}', "a??", "unknown_key"),
     "both formats": ('{"text": "t", "prompt": "p", "completion": "c"}', "text", "unknown_key"),
     "messages is text": ('{"messages": "hi"}', "messages", "wrong_type"),
@@ -137,9 +138,35 @@ def test_bad_line_is_named(name: str, file: File) -> None:
 
 def test_all_problems_of_a_line(file: File) -> None:
     """Several mistakes in one line are reported together."""
-    report = check_file(file(b'{"prompt": 1, "completion": "", "id": 2}'))
+    report = check_file(file(b'{"prompt": 1, "completion": "", "labels": 2}'))
 
-    assert {p.path for p in report.problems} == {"prompt", "completion", "id"}
+    assert {p.path for p in report.problems} == {"prompt", "completion", "labels"}
+
+
+@pytest.mark.parametrize("line", ['{"text": "t", %s}', '{"messages": [{"role": "assistant", "content": "x"}], %s}'])
+def test_bookkeeping_is_skipped_and_named(line: str, file: File) -> None:
+    """Keys that only keep books change no sample, whatever their values, and the report says which there are."""
+    more, bare = line % '"id": [{"x": 1}], "source": null', line.replace(", %s", "")
+    report = check_file(file(f"{more}\n{bare}".encode()))
+
+    assert (report.is_valid, report.ignored_keys) == (True, ["id", "source"])
+    first, second = read_samples(file(f"{more}\n{bare}".encode()))
+    assert replace(first, line=2) == second
+
+
+def test_bookkeeping_inside_a_message_is_refused(file: File) -> None:
+    """Only the line itself may keep books; inside a message each key says how it is to be read."""
+    report = check_file(file(b'{"messages": [{"role": "assistant", "content": "x", "id": 1}]}'))
+
+    assert [(p.path, p.code) for p in report.problems] == [("messages[0].id", "unknown_key")]
+
+
+def test_questions_and_answers_are_told_what_to_be(file: File) -> None:
+    """The two keys of many public data sets are not guessed at; the error says what they can be called here."""
+    problem = check_file(file(b'{"question": "q", "answer": "a"}')).problems[0]
+
+    assert problem.code == "unknown_format"
+    assert "'instruction' and 'output' for a chat, or as 'prompt' and 'completion'" in problem.message
 
 
 def test_duplicate_key_inside_a_message(file: File) -> None:
@@ -162,7 +189,9 @@ def test_one_file_has_one_format(file: File) -> None:
     [
         (b"", "empty_file"),
         (b"\n \n", "empty_file"),
-        (b"\x1f\x8b\x08\x00", "compressed"),
+        (b"PK\x03\x04", "unsupported_file"),
+        (b'[{"text": "a"},', "json_array"),
+        (b'[\n  {"text": "a"}\n]', "json_array"),
         (b"\xff\xfe{", "invalid_utf8"),
     ],
 )
@@ -222,11 +251,13 @@ def test_report_is_json(file: File) -> None:
     assert json.loads(json.dumps(told)) == told
     assert told["problems"][0] == {
         "line": 2, "path": "??", "code": "unknown_key",
-        "message": "unknown key; allowed are 'prompt' and 'completion'",
+        "message": "unknown key; allowed are prompt and completion; keys such as id and source are skipped",
     }  # fmt: skip
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=250, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 @given(
     st.binary(max_size=200)
     | st.recursive(
@@ -234,7 +265,13 @@ def test_report_is_json(file: File) -> None:
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["messages", "prompt", "completion", "text", "role", "content", "weight", "x"]), inner
+                st.sampled_from(
+                    [
+                        *("messages", "role", "content", "weight", "prompt", "completion", "text", "conversations"),
+                        *("from", "value", "instruction", "input", "output", "system", "history", "id", "x"),
+                    ]
+                ),
+                inner,
             )
         ),
     ).map(lambda value: json.dumps(value).encode())
