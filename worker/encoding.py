@@ -4,7 +4,8 @@ Two kinds of text. A raw prompt may hold special tokens, since whoever writes on
 of a chat message is plain text whatever it holds: `<|im_end|>` typed by a user ends nothing.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,28 +31,21 @@ class _Span:
     start: int
     end: int
 
-    def holds(self, token: tuple[int, int], *, is_special: bool) -> bool:
-        """Whether a token at these offsets belongs here.
-
-        Plain tokens go by their ends, since byte-level tokenizers cut leading spaces out of the offsets; special ones
-        by their starts, since some take the white space behind them in.
-        """
-        return self.start <= token[0] < self.end if is_special else self.start < token[1] <= self.end
-
-    def meets(self, token: tuple[int, int]) -> bool:
-        return self.start < token[1] and token[0] < self.end
-
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     """Token ids of raw text that starts a sequence: the tokenizer's own prefix (BOS) once, special tokens parsed."""
-    ids = encode_continuation(tokenizer, text)
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_prompts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_prompt` of each text, in one call of the tokenizer."""
     prefix = _prefix(tokenizer)
-    return ids if ids[: len(prefix)] == prefix else prefix + ids
+    return [ids if ids[: len(prefix)] == prefix else prefix + ids for ids in _encode(tokenizer, texts)]
 
 
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     """Token ids of raw text without any token added."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return _encode(tokenizer, [text])[0]
 
 
 def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
@@ -60,11 +54,31 @@ def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int]
     The completion's ids are those of the joint text where the prompt's are a prefix of these, which keeps a tokenizer
     from starting the completion as a new sequence; where a merge crosses the joint, the completion is encoded alone.
     """
-    first = encode_prompt(tokenizer, prompt)
-    joint = encode_prompt(tokenizer, prompt + completion)
-    if joint[: len(first)] == first:
-        return first, joint[len(first) :]
-    return first, encode_continuation(tokenizer, completion)
+    return encode_pairs(tokenizer, [(prompt, completion)])[0]
+
+
+def encode_pairs(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """`encode_pair` of each (prompt, completion), in two calls of the tokenizer."""
+    texts = [*(prompt for prompt, _ in pairs), *(prompt + completion for prompt, completion in pairs)]
+    encoded = encode_prompts(tokenizer, texts)
+    firsts, joints = encoded[: len(pairs)], encoded[len(pairs) :]
+    merged = [k for k, (first, joint) in enumerate(zip(firsts, joints, strict=True)) if joint[: len(first)] != first]
+    alone = dict(zip(merged, _encode(tokenizer, [pairs[k][1] for k in merged]), strict=True))
+    return [
+        (first, alone[k] if k in alone else joint[len(first) :])
+        for k, (first, joint) in enumerate(zip(firsts, joints, strict=True))
+    ]
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], **options: bool) -> list[list[int]]:
+    """Token ids of each text; a fast tokenizer takes many at once in parallel and gives what it gives one by one."""
+    return _call(tokenizer, texts, **options)["input_ids"] if texts else []
+
+
+def _call(tokenizer: Any, texts: Sequence[str], **options: bool) -> Any:
+    return tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, **options
+    )
 
 
 def _prefix(tokenizer: Any) -> list[int]:
@@ -75,6 +89,33 @@ def _prefix(tokenizer: Any) -> list[int]:
         if dressed[at : at + len(plain)] == plain:
             return dressed[:at]
     return []
+
+
+class _Spans:
+    """Spans in order that do not overlap, to be searched."""
+
+    def __init__(self, spans: Iterable[_Span]) -> None:
+        both = [(span.start, span.end) for span in spans]
+        self._starts, self._ends = [start for start, _ in both], [end for _, end in both]
+
+    def meet(self, token: tuple[int, int]) -> bool:
+        """Whether one of them begins before the token ends and ends after it begins."""
+        return bisect_right(self._ends, token[0]) < bisect_left(self._starts, token[1])
+
+    def holder(self, at: int) -> int | None:
+        """Which of them `at` lies in."""
+        k = bisect_right(self._starts, at) - 1
+        return k if k >= 0 and at < self._ends[k] else None
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as its template writes it: where in `text` its contents and its replies stand, both in order."""
+
+    text: str
+    contents: tuple[_Span, ...]
+    replies: dict[int, _Span]
+    closed: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -94,6 +135,8 @@ class _Layout:
 class ChatEncoder:
     """Conversations to token ids through the tokenizer's own chat template. One tokenizer, one thread at a time.
 
+    `encode` is `render` and then `tokenise`, which takes many renderings at once.
+
     A reply is what follows the generation prompt, up to and including the first token that ends a turn. Special tokens
     count only where the template wrote them; those that a content spells are replaced by the ids of their characters.
     """
@@ -110,7 +153,11 @@ class ChatEncoder:
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> ChatTokens:
         """Token ids of a conversation; raises InvalidRequest where the template refuses it."""
-        text = self._render([m.model_dump() for m in messages], add_generation_prompt)
+        return self.tokenise([self.render(messages, add_generation_prompt=add_generation_prompt)])[0]
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> Rendering:
+        """The conversation as the template writes it; raises InvalidRequest where the template refuses it."""
+        text = self._render([_plain(m) for m in messages], add_generation_prompt)
         layout = self._layout(tuple(m.role for m in messages), add_generation_prompt)
         contents = None if layout is None else _locate(text, layout.pieces, [m.content for m in messages])
         if layout is not None and contents is not None:
@@ -123,7 +170,12 @@ class ChatEncoder:
             contents = []
             self._refuse_special_tokens(messages)
             replies, closed = self._compare_prefixes(messages, text)
-        return self._tokenise(text, contents, replies, closed)
+        return Rendering(text, tuple(contents), replies, frozenset(closed))
+
+    def tokenise(self, renderings: Sequence[Rendering]) -> list[ChatTokens]:
+        """Token ids of conversations that this encoder has rendered, in one call of the tokenizer."""
+        encoded = _call(self._tokenizer, [r.text for r in renderings], return_offsets_mapping=True)
+        return list(map(self._attribute, renderings, encoded["input_ids"], encoded["offset_mapping"]))
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         try:
@@ -183,7 +235,7 @@ class ChatEncoder:
         Reply i is what rendering messages[:i + 1] adds to the generation prompt of messages[:i]; both begin `text`.
         """
         replies, closed = {}, set()
-        plain = [m.model_dump() for m in messages]
+        plain = [_plain(m) for m in messages]
         for i in (i for i, m in enumerate(messages) if m.role == "assistant"):
             prompt, turn = self._render(plain[:i], True), self._render(plain[: i + 1], False)
             if not (text.startswith(prompt) and text.startswith(turn) and turn.startswith(prompt)):
@@ -197,28 +249,41 @@ class ChatEncoder:
             replies[i] = _Span(len(prompt), at + len(end) if i in closed else len(turn.rstrip()))
         return replies, closed
 
-    def _tokenise(self, text: str, contents: list[_Span], replies: dict[int, _Span], closed: set[int]) -> ChatTokens:
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = []
-        reply_of: list[int | None] = []
-        for token_id, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            is_special = token_id in self._special_ids
-            if is_special and any(span.meets(offsets) for span in contents):
-                is_special, new = False, self._spell(token_id, text[slice(*offsets)])
+    def _attribute(self, rendering: Rendering, ids: list[int], offsets: list[tuple[int, int]]) -> ChatTokens:
+        """Whose each token is. Offsets never go back, so all tokens of a span are found by two searches.
+
+        Plain tokens go by their ends, since byte-level tokenizers cut leading spaces out of the offsets; special ones
+        by their starts, since some take the white space behind them in.
+        """
+        ends = [end for _, end in offsets]
+        reply_of: list[int | None] = [None] * len(ids)
+        for i, span in rendering.replies.items():
+            first, last = bisect_right(ends, span.start), bisect_right(ends, span.end)
+            reply_of[first:last] = [i] * (last - first)
+        contents, replies = _Spans(rendering.contents), _Spans(rendering.replies.values())
+        spelt: dict[int, list[int]] = {}
+        for k in [k for k, token in enumerate(ids) if token in self._special_ids]:
+            if contents.meet(offsets[k]):
+                spelt[k] = self._spell(ids[k], rendering.text[slice(*offsets[k])])
             else:
-                new = [token_id]
-            owner = next((i for i, span in replies.items() if span.holds(offsets, is_special=is_special)), None)
-            ids += new
-            reply_of += [owner] * len(new)
-        return ChatTokens(ids=ids, reply_of=reply_of, closed=frozenset(closed))
+                at = replies.holder(offsets[k][0])
+                reply_of[k] = None if at is None else list(rendering.replies)[at]
+        if spelt:
+            reply_of = [of for k, of in enumerate(reply_of) for _ in spelt.get(k, (0,))]
+            ids = [new for k, token in enumerate(ids) for new in spelt.get(k, (token,))]
+        return ChatTokens(ids=ids, reply_of=reply_of, closed=rendering.closed)
 
     def _spell(self, special_id: int, text: str) -> list[int]:
         """Ids of a special token's text as plain characters."""
-        ids = list(self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        ids = _encode(self._tokenizer, [text], split_special_tokens=True)[0]
         if special_id not in ids:
             return ids
         # Some vocabularies hold the whole text as an ordinary piece too; single characters cannot meet it.
-        return [i for c in text for i in self._tokenizer(c, add_special_tokens=False)["input_ids"]]
+        return [i for c in text for i in encode_continuation(self._tokenizer, c)]
+
+
+def _plain(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content}
 
 
 def _locate(text: str, pieces: tuple[str, ...], contents: list[str]) -> list[_Span] | None:

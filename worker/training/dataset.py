@@ -3,10 +3,10 @@
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -14,27 +14,17 @@ from torch import Tensor
 from shared.data_format import Conversation, Pair, Sample, Text, read_samples
 from shared.errors import InvalidRequest, InvalidTrainingFile
 from shared.specs import TrainSpec
-from worker.encoding import ChatEncoder, encode_pair, encode_prompt
+from worker.encoding import ChatEncoder, ChatTokens, Rendering, encode_pairs, encode_prompts
+from worker.training.data_report import DataReport, Example, SampleFacts, example_of, report_on
+
+__all__ = ["DataReport", "Marked", "TokenisedDataset", "Tokeniser", "epoch_order", "pack", "split"]
+
+BATCH_SAMPLES: Final = 256
+BATCH_CHARS: Final = 1 << 18
+"""Samples and characters that are tokenised in one call; what the tokenizer gives for them is held at once."""
 
 Marked = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is a label: to be predicted from the tokens before it."""
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What training sees of a file. Tokens are counted after truncation and without dropped samples."""
-
-    num_samples: int
-    num_used: int
-    num_truncated: int
-    num_dropped: int
-    """Samples without any label within the longest sequence; they would teach nothing."""
-    num_tokens: int
-    num_label_tokens: int
-    longest: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,10 @@ class TokenisedDataset:
     report: DataReport
     digest: str
     """SHA-256 of the file, in hex."""
+    facts: SampleFacts
+    """Of all samples that were read, dropped ones too."""
+    longest: int
+    """The most tokens a sample may have; longer ones were truncated."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -85,60 +79,103 @@ class Tokeniser:
         `between_samples` is called before each sample and may raise to end the reading.
         """
 
-        def marked() -> Iterator[Marked]:
-            for sample in read_samples(path):
-                between_samples()
-                yield self.mark(sample)
-
-        return _collect(marked(), self._longest, _sha256(path))
+        collected = _Collector(self._longest)
+        for batch in _batches(read_samples(path), between_samples):
+            for sample, marked in zip(batch, self._mark_all(batch), strict=True):
+                collected.add(sample.line, *marked)
+        return collected.dataset(self._tokenizer, digest=_sha256(path))
 
     def mark(self, sample: Sample) -> Marked:
-        """Tokens and labels of one sample, at whatever length."""
-        try:
-            match sample:
-                case Conversation():
-                    ids, is_label = self._mark_conversation(sample)
-                case Pair():
-                    ids, is_label = self._mark_pair(sample)
-                case Text():
-                    ids = self._closed(encode_prompt(self._tokenizer, sample.text))
-                    is_label = [True] * len(ids)
-        except InvalidTrainingFile:
-            raise
-        except InvalidRequest as error:
-            raise InvalidTrainingFile(f"line {sample.line}: {error.message}", param="training_file") from error
-        if self._label_all:
-            is_label = [True] * len(ids)
-        return ids, [False, *is_label[1:]]
+        """Tokens and labels of one sample, at whatever length; raises InvalidTrainingFile naming its line."""
+        return self._mark_all([sample])[0]
 
-    def _mark_pair(self, sample: Pair) -> Marked:
-        prompt, completion = encode_pair(self._tokenizer, sample.prompt, sample.completion)
-        completion = self._closed(completion)
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    def _mark_all(self, samples: Sequence[Sample]) -> list[Marked]:
+        """`mark` of samples of one format, in few calls of the tokenizer."""
+        if self._tokenizer.chat_template is None:
+            samples = [s.without_template or s if isinstance(s, Conversation) else s for s in samples]
+        conversations = [s for s in samples if isinstance(s, Conversation)]
+        pairs = [s for s in samples if isinstance(s, Pair)]
+        texts = [s for s in samples if isinstance(s, Text)]
+        assert len(samples) in (len(conversations), len(pairs), len(texts))
+        marked = [*self._mark_conversations(conversations), *self._mark_pairs(pairs), *self._mark_texts(texts)]
+        if self._label_all:
+            marked = [(ids, [True] * len(ids)) for ids, _ in marked]
+        return [(ids, [False, *is_label[1:]]) for ids, is_label in marked]
+
+    def _mark_texts(self, samples: Sequence[Text]) -> list[Marked]:
+        encoded = map(self._closed, encode_prompts(self._tokenizer, [s.text for s in samples]))
+        return [(ids, [True] * len(ids)) for ids in encoded]
+
+    def _mark_pairs(self, samples: Sequence[Pair]) -> list[Marked]:
+        marked: list[Marked] = []
+        for prompt, completion in encode_pairs(self._tokenizer, [(s.prompt, s.completion) for s in samples]):
+            closed = self._closed(completion)
+            marked.append((prompt + closed, [False] * len(prompt) + [True] * len(closed)))
+        return marked
 
     def _closed(self, ids: list[int]) -> list[int]:
         """`ids` with an end, which whoever writes special tokens may have written already."""
         return ids if ids and ids[-1] in self._eos_token_ids else [*ids, self._end]
 
-    def _mark_conversation(self, sample: Conversation) -> Marked:
+    def _mark_conversations(self, samples: Sequence[Conversation]) -> list[Marked]:
+        if not samples:
+            return []
+        renderings = [self._render(sample) for sample in samples]
+        return list(map(self._mark_conversation, samples, self._encoder().tokenise(renderings)))
+
+    def _render(self, sample: Conversation) -> Rendering:
+        try:
+            return self._encoder().render([turn.message for turn in sample.turns])
+        except InvalidRequest as error:
+            raise InvalidTrainingFile(f"line {sample.line}: {error.message}", param="training_file") from error
+
+    def _encoder(self) -> ChatEncoder:
         if self._chat is None:
             self._chat = ChatEncoder(self._tokenizer, self._eos_token_ids)
-        encoded = self._chat.encode([turn.message for turn in sample.turns])
-        learnt = [turn.is_learnt and turn.message.role == "assistant" for turn in sample.turns]
+        return self._chat
+
+    def _mark_conversation(self, sample: Conversation, encoded: ChatTokens) -> Marked:
+        learnt = {i for i, turn in enumerate(sample.turns) if turn.is_learnt and turn.message.role == "assistant"}
         ids = encoded.ids
-        is_label = [reply is not None and learnt[reply] for reply in encoded.reply_of]
+        is_label = [reply in learnt for reply in encoded.reply_of]
         last = max(i for i, turn in enumerate(sample.turns) if turn.message.role == "assistant")
         if last not in encoded.closed:
             end = 1 + max((k for k, reply in enumerate(encoded.reply_of) if reply == last), default=len(ids) - 1)
-            ids, is_label = [*ids[:end], self._end], [*is_label[:end], learnt[last]]
+            ids, is_label = [*ids[:end], self._end], [*is_label[:end], last in learnt]
         return ids, is_label
+
+
+def split(data: TokenisedDataset, *, share: float, seed: int) -> tuple[TokenisedDataset, TokenisedDataset]:
+    """(train, held out): about `share` of the samples, at least one, are held out; the same ones for the same seed.
+
+    Both keep the file's order, digest and example. Samples that were dropped are counted with the training half.
+    Raises InvalidTrainingFile where either half would be empty.
+    """
+    num_held_out = max(1, round(share * len(data)))
+    if num_held_out >= len(data):
+        raise InvalidTrainingFile(
+            f"a validation split of {share:g} needs at least one sample to train on and one to hold out, "
+            f"and {len(data)} of {data.report.num_samples} samples can be used",
+            param="training_file",
+        )
+    held_out = set(_permutation(len(data), f"split/{seed}")[:num_held_out])
+    is_used = iter(range(len(data)))
+    position = [next(is_used) if used else None for used in data.facts.is_used]
+    return (
+        _part(data, [i for i, at in enumerate(position) if at not in held_out]),
+        _part(data, [i for i, at in enumerate(position) if at in held_out]),
+    )
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int) -> list[int]:
     """A permutation of all samples that depends on (seed, epoch) only, so that a resumed job needs no state for it."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    return _permutation(num_samples, f"{seed}/{epoch}")
+
+
+def _permutation(length: int, key: str) -> list[int]:
+    digest = hashlib.sha256(key.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-    return torch.randperm(num_samples, generator=generator).tolist()
+    return torch.randperm(length, generator=generator).tolist()
 
 
 def pack(indices: Sequence[int], num_tokens: Callable[[int], int], *, max_tokens: int) -> list[list[int]]:
@@ -155,40 +192,97 @@ def pack(indices: Sequence[int], num_tokens: Callable[[int], int], *, max_tokens
     return runs
 
 
-def _collect(marked: Iterable[Marked], longest: int, digest: str) -> TokenisedDataset:
-    tokens, labels, starts = array("i"), bytearray(), array("q", [0])
-    num_samples = num_truncated = num_dropped = 0
-    for ids, is_label in marked:
-        num_samples += 1
-        num_truncated += len(ids) > longest
-        last_label = max((k for k, label in enumerate(is_label[:longest]) if label), default=None)
-        if last_label is None:
-            num_dropped += 1
-            continue
+def _batches(samples: Iterable[Sample], between_samples: Callable[[], None]) -> Iterator[list[Sample]]:
+    """Runs of samples that are tokenised together; a single one may be longer than BATCH_CHARS."""
+    batch: list[Sample] = []
+    num_chars = 0
+    for sample in samples:
+        between_samples()
+        size = _num_chars(sample)
+        if batch and (len(batch) == BATCH_SAMPLES or num_chars + size > BATCH_CHARS):
+            yield batch
+            batch, num_chars = [], 0
+        batch.append(sample)
+        num_chars += size
+    if batch:
+        yield batch
+
+
+def _num_chars(sample: Sample) -> int:
+    match sample:
+        case Conversation():
+            return sum(len(turn.message.content) for turn in sample.turns)
+        case Pair():
+            return len(sample.prompt) + len(sample.completion)
+        case Text():
+            return len(sample.text)
+
+
+class _Collector:
+    """Marked samples, one after the other, into flat arrays."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._tokens, self._labels, self._starts = array("i"), bytearray(), array("q", [0])
+        self._facts = SampleFacts()
+
+    def add(self, line: int, ids: list[int], is_label: list[bool]) -> None:
+        length = _labelled_length(is_label)
         # Whatever follows the last label cannot change the loss.
-        tokens.extend(ids[: last_label + 1])
-        labels.extend(is_label[: last_label + 1])
-        starts.append(len(tokens))
-    report = DataReport(
-        num_samples=num_samples,
-        num_used=num_samples - num_dropped,
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-        num_tokens=len(tokens),
-        num_label_tokens=sum(labels),
-        longest=max((end - start for start, end in pairwise(starts)), default=0),
-    )
-    if not report.num_used:
-        raise InvalidTrainingFile(
-            f"there is nothing to learn: none of {num_samples} samples has a label in its first {longest} tokens",
-            param="training_file",
+        kept = length if length <= self._longest else _labelled_length(is_label[: self._longest])
+        self._facts.add(line, ids, is_label, length=length, is_used=kept > 0)
+        if kept:
+            self._tokens.extend(ids[:kept])
+            self._labels.extend(is_label[:kept])
+            self._starts.append(len(self._tokens))
+
+    def dataset(self, tokenizer: Any, *, digest: str) -> TokenisedDataset:
+        """All that was added; raises InvalidTrainingFile if nothing of it has a label."""
+        if not self._tokens:
+            raise InvalidTrainingFile(
+                f"there is nothing to learn: none of {len(self._facts)} samples has a label "
+                f"in its first {self._longest} tokens",
+                param="training_file",
+            )
+        example = self._example(tokenizer)
+        return TokenisedDataset(
+            tokens=torch.frombuffer(self._tokens, dtype=torch.int32),
+            is_label=torch.frombuffer(self._labels, dtype=torch.bool),
+            starts=self._starts,
+            report=report_on(self._facts, self._starts, sum(self._labels), longest=self._longest, example=example),
+            digest=digest,
+            facts=self._facts,
+            longest=self._longest,
         )
+
+    def _example(self, tokenizer: Any) -> Example:
+        used = self._facts.used()
+        at = next((k for k, i in enumerate(used) if self._facts.lengths[i] <= self._longest), 0)
+        span = slice(self._starts[at], self._starts[at + 1])
+        is_label = [bool(label) for label in self._labels[span]]
+        return example_of(tokenizer, self._facts.lines[used[at]], self._tokens[span], is_label)
+
+
+def _labelled_length(is_label: Sequence[bool]) -> int:
+    """Tokens up to and including the last label; 0 without one."""
+    return next((k for k in range(len(is_label), 0, -1) if is_label[k - 1]), 0)
+
+
+def _part(data: TokenisedDataset, indices: Sequence[int]) -> TokenisedDataset:
+    """Some of the samples that were read, `indices` in the order of the facts; a copy."""
+    position = dict(zip(data.facts.used(), range(len(data)), strict=True))
+    samples = [data[position[i]] for i in indices if i in position]
+    facts = data.facts.select(indices)
+    starts = array("q", accumulate((len(tokens) for tokens, _ in samples), initial=0))
+    is_label = torch.cat([is_label for _, is_label in samples])
     return TokenisedDataset(
-        tokens=torch.frombuffer(tokens, dtype=torch.int32),
-        is_label=torch.frombuffer(labels, dtype=torch.bool),
+        tokens=torch.cat([tokens for tokens, _ in samples]),
+        is_label=is_label,
         starts=starts,
-        report=report,
-        digest=digest,
+        report=report_on(facts, starts, int(is_label.sum()), longest=data.longest, example=data.report.example),
+        digest=data.digest,
+        facts=facts,
+        longest=data.longest,
     )
 
 
