@@ -1,5 +1,6 @@
 """A base model ready for use: frozen weights on one device, tokenizer, digest, and which architectures are taken."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -101,8 +102,8 @@ def load_base_model(
             setattr(config, field, 0.0)
     on = choose_device(device)
     as_dtype = choose_dtype(on, dtype)
+    tokenizer, eos_token_ids = load_tokenizer(directory, config)
     with loading(directory):
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config,
@@ -124,10 +125,27 @@ def load_base_model(
         digest=digest,
         context_length=context_length(config),
         architecture=config.model_type,
-        eos_token_ids=_eos_token_ids(directory, model, tokenizer),
+        eos_token_ids=eos_token_ids,
         device=on,
         dtype=as_dtype,
     )
+
+
+def load_tokenizer(directory: Path, config: PreTrainedConfig) -> tuple[Any, frozenset[int]]:
+    """The tokenizer in `directory`, and every token that ends an answer there; needs no weights."""
+    with loading(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return tokenizer, _eos_token_ids(directory, config, tokenizer)
+
+
+def hollow_model(config: PreTrainedConfig) -> torch.nn.Module:
+    """The modules and shapes of a model without its numbers, on the meta device; may run beside a training."""
+    with torch.device("meta"):
+        # Transformers sets torch's default dtype for all threads while it builds; float32 is what it is anyway.
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
+    return model
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -251,10 +269,11 @@ def _check_vocabulary(directory: Path, model: Any, tokenizer: Any) -> None:
         raise InvalidRequest(f"the tokenizer in {directory} has {len(tokenizer)} tokens, the model only {rows}")
 
 
-def _eos_token_ids(directory: Path, model: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_token_ids(directory: Path, config: Any, tokenizer: Any) -> frozenset[int]:
     """Every token that any of the files calls the end; chat models often have one more than the base they came from."""
+    generation = read_json(directory / "generation_config.json")
     found: set[int] = set()
-    for given in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    for given in (generation.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
         found.update([] if given is None else [given] if isinstance(given, int) else given)
     if tokenizer.eos_token_id is None:
         raise InvalidRequest(f"the tokenizer in {directory} has no end-of-sequence token")
