@@ -3,6 +3,7 @@
 # Shapes: I in features, O out features, R rank, N rows of one adapter; ... any leading shape.
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +25,38 @@ def initial_a(rank: int, in_features: int, generator: torch.Generator) -> Tensor
 
 
 class LowRank(nn.Module):
-    """The update of one adapter at one layer: A (R, I), B (O, R), s. `draws` is what its dropout draws from."""
+    """The update of one adapter at one layer: A (R, I), B (O, R), s.
 
-    def __init__(self, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: float, draws: torch.Generator) -> None:
+    Its dropout draws from `draws`; where a part of the input has a seed, from `draws` seeded anew with that and `salt`,
+    which sets the layers of an adapter apart.
+    """
+
+    def __init__(
+        self, a_RI: Tensor, b_OR: Tensor, *, scaling: float, dropout: float, draws: torch.Generator, salt: int = 0
+    ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(a_RI)
         self.lora_B = nn.Parameter(b_OR)
         self.scaling = scaling
         self.dropout = dropout
         self.draws = draws
+        self.salt = salt
 
-    def kept(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
-        """Which inputs dropout lets through, a bool tensor of `shape`; None where nothing is dropped."""
+    def kept(
+        self, shape: tuple[int, int], device: torch.device, parts: Sequence[tuple[int, int]] = ()
+    ) -> Tensor | None:
+        """Which inputs dropout lets through, bool (N, I); None where nothing is dropped. `parts`: (rows, seed)."""
         if not (self.training and self.dropout):
             return None
-        kept = torch.empty(shape, dtype=torch.bool, device=self.draws.device)
-        return kept.bernoulli_(1.0 - self.dropout, generator=self.draws).to(device)
+        kept_NI = torch.empty(shape, dtype=torch.bool, device=self.draws.device)
+        start = 0
+        for num_rows, seed in parts:
+            self.draws.manual_seed(_mixed(seed, self.salt))
+            kept_NI[start : start + num_rows].bernoulli_(1.0 - self.dropout, generator=self.draws)
+            start += num_rows
+        if not parts:
+            kept_NI.bernoulli_(1.0 - self.dropout, generator=self.draws)
+        return kept_NI.to(device)
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, dropout={self.dropout:g}"
@@ -118,9 +135,20 @@ class LoRALinear(nn.Module):
         for share in shares:
             low, places = self.update(share.adapter), share.places_on(x.device)
             num_places = len(range(lead[0])[places]) if isinstance(places, slice) else len(places)
-            kept_NI = low.kept((num_places * tokens_per_place, self.in_features), x.device)
+            kept_NI = low.kept((num_places * tokens_per_place, self.in_features), x.device, share.draws)
             updates.append(Update(places, low.lora_A, low.lora_B, low.scaling, kept_NI, low.dropout))
         return updated_linear(x, self.wrapped, lead, updates)
+
+
+def _mixed(seed: int, salt: int) -> int:
+    """A 63-bit seed that any change of either number changes all over.
+
+    Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195, figure 16.
+    """
+    mixed = (seed + (salt + 1) * 0x9E3779B97F4A7C15) % 2**64
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+    return (mixed ^ mixed >> 31) >> 1
 
 
 def _key(name: str) -> str:

@@ -29,7 +29,6 @@ Tensors = Mapping[str, tuple[Tensor, Tensor]]
 class _Attached:
     spec: AdapterSpec
     paths: tuple[str, ...]
-    draws: torch.Generator
 
 
 class AdapterManager:
@@ -126,16 +125,22 @@ class AdapterManager:
             yield
 
     @contextmanager
-    def routed_segments(self, segments: Sequence[tuple[str | None, int]]) -> Iterator[None]:
-        """Inside, a flat token stream is cut into (adapter or None, num_tokens). Afterwards all is as before."""
-        with self._routed([name for name, _ in segments], routing.segments(segments)):
+    def routed_segments(
+        self, segments: Sequence[tuple[str | None, int]], *, seeds: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """Inside, a flat token stream is cut into (adapter or None, num_tokens). Afterwards all is as before.
+
+        With `seeds`, one per segment, dropout depends on a segment's seed and on nothing else that was drawn.
+        """
+        with self._routed([name for name, _ in segments], routing.segments(segments, seeds=seeds)):
             yield
 
     def train(self, mode: bool = True) -> None:
         """Switch the adapters' dropout on or off. The base modules keep their mode, and so their own dropout."""
         for module in self.model.modules():
             if isinstance(module, LoRALinear):
-                module.train(mode)
+                module.training = mode
+                module.updates.train(mode)
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         """Whether gradients are formed for this adapter's A and B."""
@@ -150,13 +155,6 @@ class AdapterManager:
             for path, low in self._updates(name)
             for which, parameter in (("A", low.lora_A), ("B", low.lora_B))
         }
-
-    def dropout_state(self, name: str) -> Tensor:
-        """Where the adapter's dropout generator stands; with `set_dropout_state` training resumes exactly."""
-        return self._named(name).draws.get_state()
-
-    def set_dropout_state(self, name: str, state: Tensor) -> None:
-        self._named(name).draws.set_state(state)
 
     def remove(self, name: str) -> None:
         """Take the adapter off; modules left with none are put back. An active adapter is deactivated first."""
@@ -207,14 +205,15 @@ class AdapterManager:
         layers = linear_modules(self.model)
         paths = tuple(path for path in layers if path in tensors)
         draws = torch.Generator(device=layers[paths[0]].weight.device).manual_seed(dropout_seed)
-        for path in paths:
+        for salt, path in enumerate(paths):
             layer = layers[path]
             if not isinstance(layer, LoRALinear):
                 layer = LoRALinear(layer, self._routing)
                 _replace(self.model, path, layer)
             a_RI, b_OR = (half.to(layer.weight.device, torch.float32, copy=True) for half in tensors[path])
-            layer.attach(name, LowRank(a_RI, b_OR, scaling=spec.scaling(path), dropout=spec.dropout, draws=draws))
-        self._attached[name] = _Attached(spec, paths, draws)
+            low = LowRank(a_RI, b_OR, scaling=spec.scaling(path), dropout=spec.dropout, draws=draws, salt=salt)
+            layer.attach(name, low)
+        self._attached[name] = _Attached(spec, paths)
 
     def _updates(self, name: str) -> Iterator[tuple[str, LowRank]]:
         for path in self._named(name).paths:

@@ -11,10 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """The places along dimension 0 that one adapter updates: a slice where they are adjacent, else their indices."""
+    """The places along dimension 0 that one adapter updates: a slice where they are adjacent, else their indices.
+
+    `draws`: (num_tokens, seed) of consecutive parts of the places, for each part the seed of what its dropout draws.
+    """
 
     adapter: str
     places: slice | Tensor
+    draws: tuple[tuple[int, int], ...] = ()
     _copies: dict[torch.device, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def places_on(self, device: torch.device) -> slice | Tensor:
@@ -71,26 +75,35 @@ def rows(adapters: Sequence[str | None]) -> Route:
     return Route(_shares([(adapter, 1) for adapter in adapters]), num_rows=len(adapters))
 
 
-def segments(parts: Sequence[tuple[str | None, int]]) -> Route:
-    """(adapter or None, num_tokens) for each contiguous segment of a flat token stream, in order."""
+def segments(parts: Sequence[tuple[str | None, int]], *, seeds: Sequence[int] | None = None) -> Route:
+    """(adapter or None, num_tokens) for each contiguous segment of a flat token stream, in order.
+
+    `seeds`, one per segment: dropout in training mode then drops in a segment what its seed says, whatever else is in
+    the stream and wherever the segment stands. Without them it draws from the adapter's own generator.
+    """
     if any(num_tokens < 0 for _, num_tokens in parts):
         raise ValueError(f"a segment cannot have a negative length: {[n for _, n in parts]}")
-    return Route(_shares(parts), num_tokens=sum(num_tokens for _, num_tokens in parts))
+    if seeds is not None and len(seeds) != len(parts):
+        raise ValueError(f"{len(parts)} segments need as many seeds, not {len(seeds)}")
+    return Route(_shares(parts, seeds), num_tokens=sum(num_tokens for _, num_tokens in parts))
 
 
-def _shares(runs: Sequence[tuple[str | None, int]]) -> tuple[Share, ...]:
+def _shares(runs: Sequence[tuple[str | None, int]], seeds: Sequence[int] | None = None) -> tuple[Share, ...]:
     """One share per adapter, so that dropout draws once for all its tokens, whoever stands between them."""
     spans: dict[str, list[tuple[int, int]]] = {}
+    draws: dict[str, list[tuple[int, int]]] = {}
     start = 0
-    for adapter, length in runs:
+    for i, (adapter, length) in enumerate(runs):
         if adapter is not None and length:
+            if seeds is not None:
+                draws.setdefault(adapter, []).append((length, seeds[i]))
             own = spans.setdefault(adapter, [])
             if own and own[-1][1] == start:
                 own[-1] = (own[-1][0], start + length)
             else:
                 own.append((start, start + length))
         start += length
-    return tuple(Share(adapter, _places(own)) for adapter, own in spans.items())
+    return tuple(Share(name, _places(own), tuple(draws.get(name, ()))) for name, own in spans.items())
 
 
 def _places(spans: list[tuple[int, int]]) -> slice | Tensor:

@@ -206,7 +206,7 @@ def test_unknown_names_raise(llama: Subject) -> None:
     """Each operation on a name that is not attached says so."""
     manager = AdapterManager(llama.model)
 
-    for operation in (manager.remove, manager.parameters, manager.dropout_state, manager.snapshot, manager.spec):
+    for operation in (manager.remove, manager.parameters, manager.snapshot, manager.spec):
         with pytest.raises(NotFound, match="'math' is not attached; there are none"):
             operation("math")
 

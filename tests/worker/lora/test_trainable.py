@@ -6,6 +6,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from tests.worker.lora.conftest import Subject, add_trained
 from worker.lora import AdapterManager, LoraSpec
+from worker.lora.layer import LoRALinear
 
 
 def test_the_base_is_frozen_and_thawed_as_it_was(subject: Subject) -> None:
@@ -91,30 +92,54 @@ def test_opt_125m_has_the_known_counts() -> None:
     assert f"{100 * manager.num_trainable() / total:.2f}" == "0.23"
 
 
-def test_dropout_resumes_exactly(subject: Subject) -> None:
-    """With the dropout state put back, training mode repeats the same logits bit for bit; without, it does not."""
+def test_dropout_of_a_segment_depends_on_its_seed_only(subject: Subject) -> None:
+    """A segment with a seed drops the same wherever it stands and whatever was drawn before; another seed, others."""
     manager = AdapterManager(subject.model)
     add_trained(manager, "math", subject.spec(dropout=0.5))
-    manager.activate("math")
     manager.train(True)
-    state = manager.dropout_state("math")
-    first = subject.logits()
-    assert not torch.equal(subject.logits(), first)
+    layer = next(m for m in subject.model.modules() if isinstance(m, LoRALinear))
+    x_TI = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(3))
+    other_TI = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(4))
 
-    manager.set_dropout_state("math", state)
+    def through(parts: list[tuple[Tensor, int]]) -> list[Tensor]:
+        lengths = [len(part) for part, _ in parts]
+        route = manager.routed_segments([("math", n) for n in lengths], seeds=[seed for _, seed in parts])
+        with route, torch.no_grad():
+            return list(layer(torch.cat([part for part, _ in parts])).split(lengths))
 
-    assert torch.equal(subject.logits(), first)
+    alone, behind, reseeded = through([(x_TI, 7)])[0], through([(other_TI, 8), (x_TI, 7)])[1], through([(x_TI, 9)])[0]
+
+    torch.testing.assert_close(behind, alone)
+    assert not torch.allclose(reseeded, alone)
+
+
+def test_layers_of_an_adapter_drop_differently(subject: Subject) -> None:
+    """One seed for a whole forward does not give every layer the same mask."""
+    manager = AdapterManager(subject.model)
+    manager.add("math", subject.spec(dropout=0.5), seed=0)
+    manager.train(True)
+    masks = [
+        module.update("math").kept((6, 16), torch.device("cpu"), [(6, 1)])
+        for module in subject.model.modules()
+        if isinstance(module, LoRALinear)
+    ]
+
+    assert len({tuple(mask.flatten().tolist()) for mask in masks if mask is not None}) == len(masks) > 1
 
 
 def test_the_seed_decides_dropout(subject: Subject) -> None:
-    """Two adapters of one seed start at the same dropout state, and it is not the one A was drawn from."""
-    manager = AdapterManager(subject.model)
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        manager.add(name, subject.spec(dropout=0.5), seed=seed)
+    """Without seeds for segments, two adapters of one seed drop the same, and one of another seed does not."""
+    masks = []
+    for seed in (5, 5, 6):
+        manager = AdapterManager(subject.model)
+        manager.add("math", subject.spec(dropout=0.5), seed=seed)
+        manager.train(True)
+        layer = next(m for m in subject.model.modules() if isinstance(m, LoRALinear))
+        masks.append(layer.update("math").kept((20, 20), torch.device("cpu")))
+        manager.remove("math")
 
-    assert torch.equal(manager.dropout_state("a"), manager.dropout_state("b"))
-    assert not torch.equal(manager.dropout_state("a"), manager.dropout_state("c"))
-    assert not torch.equal(manager.dropout_state("a"), torch.Generator().manual_seed(5).get_state())
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
 
 
 def test_train_leaves_the_base_in_eval_mode(subject: Subject) -> None:
