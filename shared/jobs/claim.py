@@ -39,8 +39,11 @@ def claim_next(tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None =
     """The next job for this trainer, now running under its lease, or None. Call until None: a doorbell says 'look'.
 
     Order: priority; jobs of the base model `holds_base` before others that have waited less than a minute; the tenant
-    with the fewest running jobs, then the one served longest ago; age. A job that runs alone gets a trainer that has
-    nothing else, and keeps it so. `trainer` names one process.
+    with the fewest running jobs, then the one served longest ago; age. `trainer` names one process.
+
+    While a trainer has running jobs it gets more of the base that it holds only, and none that runs alone. Once a job
+    that it cannot take has waited a minute it gets nothing more, so that it comes free. A job that runs alone keeps its
+    trainer to itself.
     """
     if tx.get_bind().dialect.name == "postgresql":
         # Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway.
@@ -58,12 +61,14 @@ def claim_next(tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None =
 def _next(tx: Tx, *, holds_base: str | None, is_busy: bool) -> Job | None:
     """The best candidate; None also when it needs an idle trainer and has waited long enough to be kept one."""
     now = now_ms(tx)
-    found = tx.execute(_candidates(tx, holds_base, now).limit(1)).first()
-    if found is None or not (is_busy and found[0].runs_alone):
+    candidates = _candidates(tx, holds_base, now)
+    found = tx.execute(candidates.limit(1)).first()
+    if found is None or not is_busy or (found[0].base_model_id == holds_base and not found[0].runs_alone):
         return None if found is None else found[0]
     if found.waited_ms > WAITED_TOO_LONG_MS:
         return None
-    found = tx.execute(_candidates(tx, holds_base, now).where(Job.runs_alone.is_(False)).limit(1)).first()
+    joins = (Job.runs_alone.is_(False), Job.base_model_id == holds_base)
+    found = tx.execute(candidates.where(*joins).limit(1)).first()
     return None if found is None else found[0]
 
 

@@ -60,7 +60,7 @@ class World:
     def running(self, **fields: Any) -> Claim:
         """A job just submitted and claimed."""
         self.submit(**fields)
-        claim = self.claim()
+        claim = self.claim(holds_base=fields.get("base", self.base).id)
         assert claim is not None
         return claim
 

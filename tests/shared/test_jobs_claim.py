@@ -251,7 +251,7 @@ def test_a_lone_job_waits_for_an_idle_trainer(world: World) -> None:
     world.running()
     lone, other = world.submit(), world.submit()
     world.edit(lone.id, "runs_alone = true")
-    busy, idle = world.claim("t1"), world.claim("t2")
+    busy, idle = world.claim("t1", holds_base=world.base.id), world.claim("t2")
     assert busy is not None
     assert idle is not None
 
@@ -266,8 +266,30 @@ def test_a_trainer_with_a_lone_job_takes_no_other(world: World) -> None:
     world.claim("t1")
     world.submit()
 
-    assert world.claim("t1") is None
+    assert world.claim("t1", holds_base=world.base.id) is None
     assert world.claim("t2") is not None
+
+
+def test_a_busy_trainer_gets_only_jobs_of_its_base(world: World) -> None:
+    """One base model is loaded at a time: the older job of another base waits, the younger of this one comes."""
+    world.running()
+    other, same = world.submit(base=world.other_base), world.submit()
+    joined = world.claim("t1", holds_base=world.base.id)
+    assert joined is not None
+
+    assert joined.job_id == same.id
+    assert world.claim("t1", holds_base=world.base.id) is None
+    assert world.claim("t2", holds_base=world.base.id).job_id == other.id  # type: ignore[union-attr]  # None fails too
+
+
+def test_a_job_of_another_base_does_not_starve(world: World) -> None:
+    """After a minute a busy trainer takes nothing more, so that it comes free for the other base."""
+    world.running()
+    waited(world, world.submit(base=world.other_base), 61)
+    world.submit()
+
+    assert world.claim("t1", holds_base=world.base.id) is None
+    assert world.claim("t2", holds_base=world.base.id) is not None
 
 
 def test_a_lone_job_does_not_starve(world: World) -> None:
@@ -278,7 +300,7 @@ def test_a_lone_job_does_not_starve(world: World) -> None:
     waited(world, lone, 61)
     world.submit()
 
-    assert world.claim("t1") is None
+    assert world.claim("t1", holds_base=world.base.id) is None
 
 
 @pytest.mark.parametrize("state", ["queued", "running"])
