@@ -31,7 +31,8 @@ class Settings:
     device: Device = "auto"
     dtype: Dtype = "auto"
     api_threads: int = 32
-    train_slots: int = 1
+    train_slots: int = 4
+    """Jobs that one trainer trains side by side."""
     train_tokens: int = 2048
     generate_slots: int = 32
     adapter_cache_bytes: int = 1 << 30
@@ -39,6 +40,8 @@ class Settings:
     lease_s: float = 60.0
     sweep_s: float = 10.0
     checkpoint_s: float = 300.0
+    hung_s: float = 600.0
+    """A trainer whose forward and backward takes longer than this, and than 20 times the usual, ends itself."""
     max_queued_jobs: int = 1000
     base_url: str = "http://127.0.0.1:8321/v1"
     """For the client half of the command: where the API is."""
@@ -87,7 +90,7 @@ _POSITIVE_INTS = (
     "adapter_cache_bytes",
     "max_queued_jobs",
 )
-_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s")
+_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s", "hung_s")
 _TEXTS = ("database_url", "broker_url", "host", "base_url", "api_key")
 _SCHEMES = {
     "database_url": ("sqlite:////", "postgresql://", "postgresql+psycopg://", "postgres://"),

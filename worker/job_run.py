@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError
 
 from shared import db, jobs
 from shared.config import Settings
-from shared.errors import CancelRequested, InvalidRequest, OwnershipLost, TrainingFailed
+from shared.errors import AdapterCorrupt, CancelRequested, InvalidRequest, NotFound, OwnershipLost, TrainingFailed
 from shared.jobs import Claim
 from shared.specs import Order, StepReport
 from shared.store import adapters, base_models, checkpoints, files
@@ -96,29 +96,36 @@ class JobRun:
         with db.read(self._database) as tx:
             train_path = self._file_path(tx, claim.training_file_id)
             valid_path = self._file_path(tx, claim.validation_file_id) if claim.validation_file_id else None
-            resume = checkpoints.newest_valid(self._layout, jobs.newest_checkpoints(tx, claim.job_id))
-        if resume is not None:
-            self._add_event("info", "message", f"Resuming from step {resume[0].step}", {"step": resume[0].step})
+            init_from = self._start_of(tx, claim.spec.init_from) if claim.spec.init_from else None
+            resume_from = checkpoints.intact(self._layout, jobs.newest_checkpoints(tx, claim.job_id))
         job = TrainingJob(
             job_id=claim.job_id,
             spec=claim.spec,
             train_path=train_path,
             valid_path=valid_path,
-            resume_from=resume[1] if resume else None,
+            init_from=init_from,
+            resume_from=resume_from,
             checkpoint_due=lambda: time.monotonic() - self._checkpointed_at >= self._settings.checkpoint_s,
             save_checkpoint=self._save_checkpoint,
             on_event=self._add_event,
             on_step=self._on_step,
+            order=lambda: self._order,
         )
         return engine_for(claim.base_model_id).submit(job).result()
 
     def _file_path(self, tx: db.Tx, file_id: str) -> Path:
         return self._layout.files(files.get(tx, self._claim.tenant, file_id).id)
 
-    def _on_step(self, report: StepReport) -> Order:
-        with self._lock:
-            self._report = report
-            return self._order
+    def _start_of(self, tx: db.Tx, version_id: str) -> Path:
+        """The files of the adapter version that the job starts from; raises InvalidRequest if they are not there."""
+        try:
+            return adapters.verify(self._layout, adapters.get_version(tx, version_id))
+        except (NotFound, AdapterCorrupt) as error:
+            message = f"'training.init_from': the adapter to start from cannot be used any more: {error.message}"
+            raise InvalidRequest(message, param="training.init_from", code=error.error_code) from error
+
+    def _on_step(self, report: StepReport) -> None:
+        self._report = report
 
     def _add_event(
         self, level: Level, type: Literal["message", "metrics"], message: str, data: dict[str, Any] | None = None
@@ -130,23 +137,30 @@ class JobRun:
 
     def _save_checkpoint(self, step: int, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         claim = self._claim
-        prepared = checkpoints.prepare(self._layout, write, job_id=claim.job_id, step=step, fence=claim.fence)
-        # With the events before it in one transaction: a resumed job does not make those steps again.
-        with self._flushing:
-            with db.write(self._database) as tx:
-                written = self._write_events(tx)
-                jobs.record_checkpoint(
-                    tx,
-                    claim,
-                    checkpoint_id=prepared.checkpoint_id,
-                    step=step,
-                    manifest=prepared.manifest,
-                    metrics=metrics,
-                )
-                forgotten = checkpoints.forget_old(tx, claim.job_id)
-            self._forget(written)
-        checkpoints.remove(self._layout, forgotten)
         self._checkpointed_at = time.monotonic()
+        prepared = checkpoints.prepare(self._layout, write, job_id=claim.job_id, step=step, fence=claim.fence)
+        try:
+            # With the events before it in one transaction: a resumed job does not make those steps again.
+            with self._flushing:
+                with db.write(self._database) as tx:
+                    written = self._write_events(tx)
+                    jobs.record_checkpoint(
+                        tx,
+                        claim,
+                        checkpoint_id=prepared.checkpoint_id,
+                        step=step,
+                        manifest=prepared.manifest,
+                        metrics=metrics,
+                    )
+                    forgotten = checkpoints.forget_old(tx, claim.job_id)
+                self._forget(written)
+        except DBAPIError as error:
+            # The steps since the last checkpoint are at risk until the next, which is better than ending them now.
+            log.warning(
+                "%s: checkpoint of step %d is not recorded, the database is away: %s", claim.job_id, step, error
+            )
+        else:
+            checkpoints.remove(self._layout, forgotten)
 
     # -- the pulse
 

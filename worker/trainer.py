@@ -8,56 +8,81 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Iterator
+from typing import Final
 
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine
 
 from shared import db, jobs
 from shared.config import Settings
-from shared.queue import TRAIN_QUEUE, TRAIN_TASK, celery_app
+from shared.jobs import Claim
+from shared.queue import INSPECT_QUEUE, INSPECT_TASK, TRAIN_QUEUE, TRAIN_TASK, celery_app
 from shared.store import base_models
 from shared.store.layout import Layout
 from worker.base_model import load_base_model
 from worker.celery_program import exit_with_one_line, run_worker
+from worker.inspector import Inspector
 from worker.job_run import JobRun
+from worker.training import pulse
 from worker.training.engine import TrainingEngine
 
 log = logging.getLogger("lorad.trainer")
 
+HUNG_EXIT: Final = 70
+"""Exit status of a trainer that found itself hung: EX_SOFTWARE of sysexits.h."""
+
 
 class Trainer:
-    """Claims jobs and runs them over one loaded base model."""
+    """Claims jobs, up to `train_slots` at once, and runs them side by side over one loaded base model."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, database: Engine, layout: Layout) -> None:
         self._settings = settings
-        self._database = db.open_engine(settings.database_url)
-        self._layout = Layout(settings.data_dir)
+        self._database = database
+        self._layout = layout
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._stopping = threading.Event()
-        self._bench = _Bench(settings, self._database, self._layout)
+        self._claiming = threading.Lock()
+        self._slots = threading.BoundedSemaphore(settings.train_slots)
+        self._bench = _Bench(settings, database, layout)
 
     def answer_doorbell(self) -> None:
-        """Train queued jobs, one after the other, until none is left that this trainer may take."""
-        while not self._stopping.is_set():
-            with db.write(self._database) as tx:
-                claim = jobs.claim_next(
-                    tx, trainer=self._name, lease_s=self._settings.lease_s, holds_base=self._bench.base_model_id
-                )
-            if claim is None:
-                return
-            log.info("claimed %s, attempt %d", claim.job_id, claim.attempt)
-            run = JobRun(claim, settings=self._settings, database=self._database, layout=self._layout)
-            run.run(self._bench.engine_for)
+        """Train queued jobs, one after the other, until none is left that this trainer may take.
+
+        Returns at once if all slots are taken: whoever has one looks again when its job has ended.
+        """
+        if not self._slots.acquire(blocking=False):
+            return
+        try:
+            while not self._stopping.is_set() and (claim := self._claim()) is not None:
+                log.info("claimed %s, attempt %d", claim.job_id, claim.attempt)
+                run = JobRun(claim, settings=self._settings, database=self._database, layout=self._layout)
+                run.run(self._bench.engine_for)
+        finally:
+            self._slots.release()
 
     def stop(self) -> None:
         """Checkpoint what runs, so that its lease is given back, and claim nothing more."""
         self._stopping.set()
         self._bench.stop_jobs()
 
+    def pulses(self) -> Iterator[pulse.Pulse]:
+        """The pulse of the engine at work, if there is one."""
+        return self._bench.pulses()
+
+    def _claim(self) -> Claim | None:
+        """The next job. One at a time: what the bench will hold must be known before the next claim."""
+        with self._claiming, db.write(self._database) as tx:
+            claim = jobs.claim_next(
+                tx, trainer=self._name, lease_s=self._settings.lease_s, holds_base=self._bench.base_model_id
+            )
+            if claim is not None:
+                self._bench.base_model_id = claim.base_model_id
+            return claim
+
 
 class _Bench:
-    """The one engine of this process. Another base model takes its place: jobs still on it, which there are only with
-    more than one slot, are checkpointed and given back."""
+    """The one engine of this process. Another base model takes its place, once no job is on it any more."""
 
     def __init__(self, settings: Settings, database: Engine, layout: Layout) -> None:
         self._settings = settings
@@ -65,16 +90,19 @@ class _Bench:
         self._layout = layout
         self._lock = threading.Lock()
         self._engine: TrainingEngine | None = None
+        self._loaded: str | None = None
         self._stopped = False
         self.base_model_id: str | None = None
+        """What the last claimed job needs, loaded or about to be."""
 
     def engine_for(self, base_model_id: str) -> TrainingEngine:
         """The engine over this base model, loaded first if another is here."""
         with self._lock:
-            if self._engine is None or self.base_model_id != base_model_id:
+            if self._engine is None or self._loaded != base_model_id:
                 if self._engine is not None:
                     self._engine.close()
-                self.base_model_id, self._engine = base_model_id, self._load(base_model_id)
+                    self._engine = None  # its model is let go before the next one is loaded
+                self._engine, self._loaded = self._load(base_model_id), base_model_id
                 if self._stopped:
                     self._engine.stop_all()
             return self._engine
@@ -92,20 +120,35 @@ class _Bench:
         log.info("loaded %s (%s on %s)", row.name, base.dtype, base.device)
         return TrainingEngine(base, max_tokens=self._settings.train_tokens)
 
+    def pulses(self) -> Iterator[pulse.Pulse]:
+        if (engine := self._engine) is not None:
+            yield engine.pulse
+
     def stop_jobs(self) -> None:
         self._stopped = True
-        if self._engine is not None:
-            self._engine.stop_all()
+        if (engine := self._engine) is not None:
+            engine.stop_all()
+
+
+def _give_up(seconds: float) -> None:
+    """End the process: its jobs keep their checkpoints, and the sweeper finds them once the leases run out."""
+    log.critical("no training step for %.0f s: this trainer is hung and ends", seconds)
+    logging.shutdown()
+    os._exit(HUNG_EXIT)
 
 
 def main() -> None:
     """Run a trainer until SIGTERM or SIGINT."""
     settings = Settings.from_env()
     app = celery_app(settings.resolved_broker_url)
-    trainer = Trainer(settings)
+    database, layout = db.open_engine(settings.database_url), Layout(settings.data_dir)
+    trainer = Trainer(settings, database, layout)
     app.task(name=TRAIN_TASK)(trainer.answer_doorbell)
+    app.task(name=INSPECT_TASK)(Inspector(settings, database, layout).answer)
     worker_shutting_down.connect(lambda **_: trainer.stop(), weak=False)
-    run_worker(app, queues=[TRAIN_QUEUE], threads=settings.train_slots)
+    pulse.watch(trainer.pulses, floor_s=settings.hung_s, on_hung=_give_up)
+    # One thread more than slots, so that questions about data are answered while jobs train.
+    run_worker(app, queues=[TRAIN_QUEUE, INSPECT_QUEUE], threads=settings.train_slots + 1)
 
 
 if __name__ == "__main__":

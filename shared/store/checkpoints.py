@@ -40,8 +40,9 @@ def prepare(layout: Layout, write: Callable[[Path], None], *, job_id: str, step:
     return PreparedCheckpoint(checkpoint_id=ids.new_id(ids.CHECKPOINT), step=step, manifest=manifest)
 
 
-def newest_valid(layout: Layout, checkpoints: Sequence[Checkpoint]) -> tuple[Checkpoint, Path] | None:
-    """The first of `checkpoints` whose every file has the recorded size and sha256, with its directory."""
+def intact(layout: Layout, checkpoints: Sequence[Checkpoint]) -> list[Path]:
+    """The directories of those of `checkpoints` whose every file has the recorded size and sha256, in their order."""
+    directories = []
     for row in checkpoints:
         directory = layout.checkpoint(row.job_id, row.step, row.fence)
         try:
@@ -51,9 +52,10 @@ def newest_valid(layout: Layout, checkpoints: Sequence[Checkpoint]) -> tuple[Che
             continue
         found.pop(MANIFEST, None)
         if found and found == row.manifest.get("files"):
-            return row, directory
-        log.warning("checkpoint %s does not match its manifest", row.id)
-    return None
+            directories.append(directory)
+        else:
+            log.warning("checkpoint %s does not match its manifest", row.id)
+    return directories
 
 
 def forget_old(tx: Tx, job_id: str, *, keep: int = 2) -> list[Checkpoint]:

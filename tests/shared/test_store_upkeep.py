@@ -30,8 +30,8 @@ def checkpoint(world: World, claim: jobs.Claim, step: int) -> Path:
 def newest(world: World, claim: jobs.Claim) -> int | None:
     """The step from which the job would be resumed."""
     with read(world.engine) as tx:
-        found = checkpoints.newest_valid(world.layout, jobs.newest_checkpoints(tx, claim.job_id))
-    return None if found is None else found[0].step
+        found = checkpoints.intact(world.layout, jobs.newest_checkpoints(tx, claim.job_id))
+    return int(found[0].name.partition("-")[0]) if found else None
 
 
 def test_resume_skips_damaged_checkpoints(world: World) -> None:

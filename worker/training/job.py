@@ -1,6 +1,6 @@
 """What the engine is asked to train, and what it hands back. Paths, values and callables only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,28 +8,36 @@ from typing import Literal
 from shared.specs import Order, StepReport, TrainSpec
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+Level = Literal["info", "warn", "error"]
 WriteDirectory = Callable[[Path], None]
 """Writes a set of files into a directory that exists and is empty. May be called once, later and on any thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One adapter to train. Every callable runs on the engine's thread; an exception from one ends this job only."""
+    """One adapter to train. An exception from one of the callables ends this job only.
+
+    They run on the engine's thread; while the data is read, `order` and `on_event` run on the thread that submits.
+    """
 
     job_id: str
     spec: TrainSpec
     train_path: Path
     valid_path: Path | None = None
-    resume_from: Path | None = None
-    """A checkpoint directory of this very job, written by `save_checkpoint`'s writer."""
+    init_from: Path | None = None
+    """The adapter directory that `spec.init_from` names."""
+    resume_from: Sequence[Path] = ()
+    """Checkpoint directories of this very job, newest first; the first that fits is the one."""
     checkpoint_due: Callable[[], bool]
     """Asked after each optimizer step: should a checkpoint be written now, whatever `spec.checkpoint_every` says?"""
     save_checkpoint: Callable[[int, Mapping[str, Json], WriteDirectory], None]
     """(step, metrics of that step, writer of the checkpoint's files)."""
-    on_event: Callable[[Literal["info", "warn", "error"], Literal["message", "metrics"], str, dict[str, Json]], None]
+    on_event: Callable[[Level, Literal["message", "metrics"], str, dict[str, Json]], None]
     """(level, type, message, data)."""
-    on_step: Callable[[StepReport], Order]
-    """Called after each optimizer step, before the step's event; its answer is obeyed at once."""
+    on_step: Callable[[StepReport], None]
+    """Called after each optimizer step, before the step's event."""
+    order: Callable[[], Order]
+    """Asked again and again. CANCEL and LOST are obeyed at once, PAUSE after the step and evaluation under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,4 +53,4 @@ class TrainingResult:
     trained_tokens: int
     """Tokens seen in all `steps`, those before a resume included."""
     write_adapter: WriteDirectory
-    """Writes the adapter as it was at `steps`, in PEFT's format."""
+    """Writes the adapter that the spec asks to publish, in PEFT's format: as it was at `steps`, or the best one."""

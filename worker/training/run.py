@@ -1,264 +1,353 @@
-"""One job in the engine: its data, adapter, optimizer and position. What happens between two steps is the engine's."""
-
-# Shapes: T tokens of a packed stream, N label positions in it, H hidden width.
+"""One job in the engine: which samples are next, and what becomes of what they give. When is the engine's to decide."""
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from shared.errors import InvalidTrainingFile, TrainingFailed
+from shared.errors import TrainingFailed
 from shared.specs import Order, StepReport
-from worker.attention import packed_segments
 from worker.base_model import BaseModel
-from worker.lora.format import write_adapter
+from worker.lora.format import read_adapter, write_adapter
 from worker.lora.manager import AdapterManager
-from worker.training.checkpoint import Checkpoint, Header
-from worker.training.dataset import TokenisedDataset, Tokeniser, epoch_order, pack
-from worker.training.job import Json, TrainingJob, TrainingResult
-from worker.training.loss import Score, head_of, loss_sum, score
+from worker.lora.spec import LoadedAdapter
+from worker.training.checkpoint import Checkpoint, Header, Position, newest_fitting
+from worker.training.dataset import epoch_order
+from worker.training.evaluation import Evaluation
+from worker.training.job import Json, TrainingResult
+from worker.training.loss import Score
 from worker.training.optimizer import AdapterOptimizer, learning_rate
+from worker.training.preparation import Prepared
+from worker.training.step import Step, leading
+from worker.training.stream import Gained, Part
+
+MAX_NON_FINITE: Final = 3
+"""Steps in a row whose loss or gradient is not finite, until a rollback or the end."""
 
 
 class TrainingRun:
-    """A job from its tokenised files to its trained adapter, one optimizer step at a time.
+    """A job from its tokens to its trained adapter. It is at one of three points:
 
-    An optimizer step sees `batch_size` samples, or what is left of the epoch, whatever the packing: gradients of all
-    its micro-batches add up, each label token weighing the same. Uses the model's thread; changes the base in nothing.
+    in a step      `next_train_part`, `absorb`, until `is_step_whole`; then `end_step`
+    evaluating     `next_valid_part`, `judge`; then `end_evaluation`. Between the two, `is_evaluating` is true
+    between steps  `is_between_steps`: `save_checkpoint`, `result`, or the next step
+
+    An optimizer step sees `batch_size` samples, or what is left of the epoch. Uses the model's thread.
     """
 
-    def __init__(
-        self,
-        job: TrainingJob,
-        base: BaseModel,
-        manager: AdapterManager,
-        *,
-        max_tokens: int,
-        between_samples: Callable[[], None],
-    ) -> None:
-        """Reads and tokenises the job's files; raises InvalidTrainingFile. `between_samples` may raise to end that."""
-        self.job = job
-        self.step = 0
-        self.trained_tokens = 0
-        self.metrics: dict[str, Json] = {}
+    def __init__(self, prepared: Prepared, base: BaseModel, manager: AdapterManager) -> None:
+        """Attaches the adapter: fresh, from another, or as the newest fitting checkpoint left it."""
+        self.job = prepared.job
+        self.max_part_tokens: int | None = None
+        """A bound that running out of memory has left; None before that."""
+        self._spec = prepared.job.spec
         self._base = base
         self._manager = manager
-        self._trunk: Any = base.model.base_model  # the model without its head
-        self._head = head_of(base.model)
-        self._max_tokens = max_tokens
-        self._train, self._valid = self._read(between_samples)
-        self._steps_per_epoch = math.ceil(len(self._train) / job.spec.batch_size)
-        self.total_steps = job.spec.max_steps or job.spec.n_epochs * self._steps_per_epoch
+        self._train = prepared.train
+        self._steps_per_epoch = math.ceil(len(self._train) / self._spec.batch_size)
+        self.total_steps = self._spec.max_steps or self._spec.n_epochs * self._steps_per_epoch
         self._order: tuple[int, list[int]] | None = None
-        self._first_step = 0
+        self._metrics: dict[str, Json] = {}
+        self._position = Position()
+        self._best: Mapping[str, Tensor] | None = None
+        self._evaluation = Evaluation(prepared.valid, self._spec)
+        self._attach()
+        try:
+            self._parameters = manager.parameters(self.job.job_id)
+            self._optimizer = AdapterOptimizer(self._parameters, self._spec)
+            self._resume()
+        except BaseException:
+            self.detach()
+            raise
+        self._anchor = self._optimizer.standing()
+        self._anchored_at = self.step
+        self._began_s = time.monotonic() - self._position.seconds
+        self._first_step = self.step
         self._busy_s = 0.0
+        self._under_way = self._next_step()
+        self._report_start()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        return self._position.step
 
     def steps_left(self) -> int:
         return self.total_steps - self.step
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Inside, the adapter is on the model, fresh or as its checkpoint left it; afterwards the base is bare."""
-        job = self.job
-        self._manager.add(job.job_id, job.spec.lora, seed=job.spec.seed)
-        try:
-            self._manager.train(True)
-            self._parameters = self._manager.parameters(job.job_id)
-            self._optimizer = AdapterOptimizer(self._parameters, job.spec, total_steps=self.total_steps)
-            if job.resume_from is not None:
-                self._resume(Checkpoint.read(job.resume_from))
-            self._report_start()
-            yield
-        finally:
-            self._manager.train(False)
-            self._manager.remove(job.job_id)
+    def is_between_steps(self) -> bool:
+        return not self._under_way.has_begun and not self._evaluation.is_under_way
 
-    # -- one step
+    def is_evaluating(self) -> bool:
+        return self._evaluation.is_under_way
 
-    def make_step(self) -> StepReport:
-        """One optimizer step; raises TrainingFailed (diverged), the adapter then being as before the step."""
-        started_s = time.perf_counter()
-        batch = self._batch(self.step)
-        num_labels = sum(self._train.num_labels(i) for i in batch)
-        loss = torch.zeros((), device=self._base.device)
-        for indices in pack(batch, self._train.num_tokens, max_tokens=self._max_tokens):
-            share = loss_sum(*self._hidden_and_targets(self._train, indices), self._head) / num_labels
-            share.backward()  # type: ignore[no-untyped-call]  # torch types none of this
-            loss += share.detach()
-        rate = learning_rate(self.job.spec, self.step, self.total_steps)
-        train_loss, grad_norm = float(loss), self._optimizer.clip()
-        if not (math.isfinite(train_loss) and math.isfinite(grad_norm)):
-            raise TrainingFailed(
-                f"training diverged at step {self.step + 1}: loss {train_loss:g}, gradient norm {grad_norm:g} "
-                f"at learning rate {rate:g}; lower the learning rate",
-                code="diverged",
+    def is_step_whole(self) -> bool:
+        return self._under_way.is_whole
+
+    def detach(self) -> None:
+        """Take the adapter off; the run is of no use after."""
+        self._manager.remove(self.job.job_id)
+
+    # -- in a step
+
+    def next_train_part(self, max_tokens: int) -> Part:
+        """The next samples of this step that fit into `max_tokens`; a longer one goes alone."""
+        indices, places = self._under_way.next_samples(min(max_tokens, self.max_part_tokens or max_tokens))
+        return Part(
+            adapter=self.job.job_id,
+            parameters=list(self._parameters.values()),
+            data=self._train,
+            indices=indices,
+            # What dropout drops: of the job's seed, the step, and the sample's place in it; not of the part.
+            seeds=[(self._spec.seed * 2**17 + self.step) * 2**9 + place for place in places],
+            num_labels=self._under_way.num_labels,
+        )
+
+    def absorb(self, part: Part, gained: Gained, seconds: float) -> None:
+        """Add what the last `next_train_part` gained; `seconds` is what it took."""
+        self._under_way.absorb(part, gained, seconds)
+
+    def end_step(self) -> StepReport | None:
+        """Move the adapter by what the parts gained. None for a step that was not finite, and moved nothing.
+
+        Raises TrainingFailed (diverged) where a rollback has not helped.
+        """
+        rate = learning_rate(self._spec, self.step, self.total_steps) * self._position.rate_scale
+        made = self._under_way
+        assert made.loss is not None
+        norm = self._optimizer.set_gradients(made.gradients)
+        loss, grad_norm = torch.stack([made.loss, norm.to(made.loss)]).tolist()  # the one wait for a GPU in a step
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._optimizer.step(rate)
+            self._move(updates=self._optimizer.updates, non_finite_in_a_row=0)
+            report = self._advance(made, loss, rate, grad_norm)
+        else:
+            self._optimizer.drop_gradients()
+            self._move(step=self.step + 1, non_finite_in_a_row=self._position.non_finite_in_a_row + 1)
+            self._skip(loss, grad_norm, rate)
+            report = None
+        self._under_way = self._next_step()
+        if self._spec.max_seconds is not None and self._seconds() >= self._spec.max_seconds and self.steps_left():
+            self._end_early(f"{self._spec.max_seconds} s of training are over, as max_seconds asks")
+        if report is not None:
+            if self._evaluation.is_due(self.step, self._steps_per_epoch, is_last=not self.steps_left()):
+                self._evaluation.begin()
+                self._move(unreported=report)
+            else:
+                self._report_metrics()
+        return report
+
+    # -- evaluating
+
+    def next_valid_part(self, max_tokens: int) -> Part:
+        """The next validation samples that fit into `max_tokens`; a longer one goes alone."""
+        assert self._evaluation.data is not None
+        max_tokens = min(max_tokens, self.max_part_tokens or max_tokens)
+        indices = leading(self._evaluation.waiting, self._evaluation.data, max_tokens)
+        return Part(
+            adapter=self.job.job_id, parameters=(), data=self._evaluation.data, indices=indices,
+            seeds=[0] * len(indices), num_labels=1,
+        )  # fmt: skip
+
+    def judge(self, part: Part, found: Score) -> None:
+        """Add the score of the last `next_valid_part`; with the last part, end the evaluation."""
+        self._evaluation.add(part.indices, found)
+        if self._evaluation.waiting:
+            return
+        loss, accuracy = self._evaluation.end()
+        self._metrics |= {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
+        if self._position.best_loss is None or loss < self._position.best_loss:
+            self._best = self._optimizer.standing().lora
+            self._move(best_loss=loss, best_step=self.step, evaluations_since_best=0)
+        elif math.isfinite(loss):
+            self._move(evaluations_since_best=self._position.evaluations_since_best + 1)
+        self._move(unreported=None)
+        self._report_metrics()
+        patience = self._spec.early_stopping_patience
+        if patience is not None and self._position.evaluations_since_best >= patience and self.steps_left():
+            self._end_early(
+                f"no lower validation loss in {patience} evaluations; the lowest was {self._position.best_loss:.4f}"
+                f" at step {self._position.best_step}"
             )
-        self._optimizer.step(self.step)
-        return self._advance(batch, train_loss, rate, grad_norm, num_labels, time.perf_counter() - started_s)
 
-    def _batch(self, step: int) -> list[int]:
-        epoch, within = divmod(step, self._steps_per_epoch)
+    # -- between steps
+
+    def is_checkpoint_due(self) -> bool:
+        every = self._spec.checkpoint_every
+        return bool(every and self.step % every == 0) or self.job.checkpoint_due()
+
+    def save_checkpoint(self) -> None:
+        """Hand over a copy of all that the next step depends on. An evaluation under way will begin anew."""
+        self._move(seconds=self._seconds())
+        standing = self._optimizer.standing()
+        checkpoint = Checkpoint(self._header(), standing, self._best)
+        self.job.save_checkpoint(self.step, dict(self._metrics), checkpoint.write)
+        self._anchor, self._anchored_at = standing, self.step
+
+    def result(self, outcome: Literal["finished", "stopped"], order: Order | None = None) -> TrainingResult:
+        """How the job ended, holding a copy of the adapter to publish."""
+        adapter = self._manager.snapshot(self.job.job_id)
+        if outcome == "finished" and self._spec.publish == "best" and self._best is not None:
+            adapter = LoadedAdapter(spec=adapter.spec, tensors=_pairs(self._best))
+            message = (
+                f"The adapter of step {self._position.best_step} is published, which had the lowest validation loss"
+            )
+            self.job.on_event("info", "message", message, {"step": self._position.best_step})
+        return TrainingResult(
+            outcome=outcome,
+            order=order,
+            metrics=dict(self._metrics),
+            steps=self.step,
+            trained_tokens=self._position.trained_tokens,
+            write_adapter=partial(write_adapter, adapter=adapter, base_model_name=self._base.name),
+        )
+
+    def halve_parts(self, part: Part) -> None:
+        """After `part` alone did not fit into memory, make smaller ones; the optimizer step stays the same.
+
+        Raises TrainingFailed (out_of_memory) where it was a single sample.
+        """
+        if len(part.indices) == 1:
+            raise TrainingFailed(
+                f"one sample of {part.num_tokens} tokens does not fit into memory; use a smaller max_seq_len, fewer"
+                " target modules, a smaller base model, or a machine with more memory",
+                code="out_of_memory",
+            )
+        self.max_part_tokens = max(part.num_tokens // 2, 1)
+        message = (
+            f"Out of memory with {part.num_tokens} tokens at once; from now on at most {self.max_part_tokens}, in more"
+            " parts. The optimizer step stays the same"
+        )
+        self.job.on_event("warn", "message", message, {"step": self.step, "max_tokens": self.max_part_tokens})
+
+    # -- within
+
+    def _next_step(self) -> Step:
+        epoch, within = divmod(self.step, self._steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self._train), seed=self.job.spec.seed, epoch=epoch))
-        size = self.job.spec.batch_size
-        return self._order[1][within * size : (within + 1) * size]
+            self._order = (epoch, epoch_order(len(self._train), seed=self._spec.seed, epoch=epoch))
+        size = self._spec.batch_size
+        return Step(self._train, self._order[1][within * size : (within + 1) * size])
 
-    def _hidden_and_targets(self, data: TokenisedDataset, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, H) that predict the label tokens (N,) of some samples, run as one packed stream."""
-        samples = [data[i] for i in indices]
-        lengths = [len(tokens) for tokens, _ in samples]
-        device = self._base.device
-        tokens_T = torch.cat([tokens for tokens, _ in samples]).to(device, torch.int64)
-        labels_N = torch.cat([is_label for _, is_label in samples]).nonzero()[:, 0].to(device)
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        route = [(self.job.job_id, sum(lengths))]
-        with packed_segments(lengths), self._manager.routed_segments(route):
-            hidden_1TH = self._trunk(
-                input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False
-            ).last_hidden_state
-        return hidden_1TH[0, labels_N - 1], tokens_T[labels_N]
-
-    def _advance(
-        self, batch: list[int], loss: float, rate: float, grad_norm: float, num_labels: int, seconds: float
-    ) -> StepReport:
-        num_tokens = sum(map(self._train.num_tokens, batch))
-        self.step += 1
-        self.trained_tokens += num_tokens
-        self._busy_s += seconds
-        mean_step_s = self._busy_s / (self.step - self._first_step)
+    def _advance(self, made: Step, loss: float, rate: float, grad_norm: float) -> StepReport:
+        step = self.step + 1
+        self._busy_s += made.seconds
         report = StepReport(
-            step=self.step,
+            step=step,
             total_steps=self.total_steps,
             train_loss=loss,
             learning_rate=rate,
             grad_norm=grad_norm,
-            epoch=self.step / self._steps_per_epoch,
-            num_tokens=num_tokens,
-            num_label_tokens=num_labels,
-            tokens_per_second=num_tokens / seconds,
-            eta_seconds=(self.total_steps - self.step) * mean_step_s,
+            epoch=step / self._steps_per_epoch,
+            num_tokens=made.num_tokens,
+            num_label_tokens=made.num_labels,
+            tokens_per_second=made.num_tokens / max(made.seconds, 1e-9),
+            eta_seconds=(self.total_steps - step) * self._busy_s / max(step - self._first_step, 1),
         )
-        self.metrics = report.model_dump()
+        self._metrics = report.model_dump()
+        self._move(step=step, trained_tokens=self._position.trained_tokens + made.num_tokens)
         return report
 
-    # -- between steps
-
-    def evaluate_if_due(self, should_stop: Callable[[], bool]) -> None:
-        """After an epoch and at the end, add `valid_loss` and `valid_mean_token_accuracy` to the metrics.
-
-        Nats per label token, and the share of labels ranked first. One packed stream at a time; gives up,
-        adding nothing, once `should_stop` says so.
-        """
-        data = self._valid
-        if data is None or (self.steps_left() and self.step % self._steps_per_epoch):
+    def _skip(self, loss: float, grad_norm: float, rate: float) -> None:
+        """After a step that was not finite: tell, and roll back or fail if it was one too many."""
+        what = f"loss {loss:g}, gradient norm {grad_norm:g} at learning rate {rate:g}"
+        if self._position.non_finite_in_a_row < MAX_NON_FINITE:
+            self._warn(f"Step {self.step} was skipped, it is not finite: {what}")
             return
-        self._manager.train(False)
-        total = Score(0.0, 0, 0)
-        try:
-            for indices in pack(range(len(data)), data.num_tokens, max_tokens=self._max_tokens):
-                if should_stop():
-                    return
-                with torch.no_grad():
-                    total += score(*self._hidden_and_targets(data, indices), self._head)
-        finally:
-            self._manager.train(True)
-        self.metrics["valid_loss"] = total.loss / total.num_labels
-        self.metrics["valid_mean_token_accuracy"] = total.num_correct / total.num_labels
-
-    def report_metrics(self) -> None:
-        """Send the step's metrics as its event."""
-        message = f"Step {self.step}/{self.total_steps}: training loss={self.metrics['train_loss']:.4f}"
-        if "valid_loss" in self.metrics:
-            message += f", validation loss={self.metrics['valid_loss']:.4f}"
-        self.job.on_event("info", "metrics", message, dict(self.metrics))
-
-    def is_checkpoint_due(self) -> bool:
-        every = self.job.spec.checkpoint_every
-        return bool(every and self.step % every == 0) or self.job.checkpoint_due()
-
-    def save_checkpoint(self) -> None:
-        """Hand over a copy of all that the next step depends on."""
-        copies = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-        tensors = {"lora": copies, **self._optimizer.moments()}
-        checkpoint = Checkpoint(self._header(), tensors, self._manager.dropout_state(self.job.job_id).clone())
-        self.job.save_checkpoint(self.step, dict(self.metrics), checkpoint.write)
-
-    def result(self, outcome: Literal["finished", "stopped"], order: Order | None = None) -> TrainingResult:
-        """How the job ended, holding a copy of the adapter as it is now."""
-        adapter = self._manager.snapshot(self.job.job_id)
-        return TrainingResult(
-            outcome=outcome,
-            order=order,
-            metrics=dict(self.metrics),
-            steps=self.step,
-            trained_tokens=self.trained_tokens,
-            write_adapter=partial(write_adapter, adapter=adapter, base_model_name=self._base.name),
+        if self._position.rate_scale < 1.0:
+            raise TrainingFailed(
+                f"training diverged at step {self.step}: {what}, again after a rollback to half the learning rate; "
+                "use a lower learning rate",
+                code="diverged",
+            )
+        self._optimizer.restore(self._anchor)
+        self._move(updates=self._anchor.updates, rate_scale=0.5, non_finite_in_a_row=0)
+        self._warn(
+            f"{MAX_NON_FINITE} steps in a row were not finite (step {self.step}: {what}); the adapter was put back to "
+            f"step {self._anchored_at} and goes on at half the learning rate"
         )
+
+    def _end_early(self, why: str) -> None:
+        self.job.on_event("info", "message", f"Training ends at step {self.step} of {self.total_steps}: {why}", {})
+        self.total_steps = self.step
+
+    def _report_metrics(self) -> None:
+        message = f"Step {self.step}/{self._metrics['total_steps']}: training loss={self._metrics['train_loss']:.4f}"
+        if "valid_loss" in self._metrics:
+            message += f", validation loss={self._metrics['valid_loss']:.4f}"
+        self.job.on_event("info", "metrics", message, dict(self._metrics))
+
+    def _warn(self, message: str) -> None:
+        self.job.on_event("warn", "message", message, {"step": self.step})
+
+    def _move(self, **changes: Any) -> None:
+        self._position = self._position.model_copy(update=changes)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._began_s
 
     # -- the start
 
-    def _read(self, between_samples: Callable[[], None]) -> tuple[TokenisedDataset, TokenisedDataset | None]:
-        base, job = self._base, self.job
-        tokeniser = Tokeniser(base.tokenizer, base.eos_token_ids, job.spec, longest=base.context_length)
-        train = tokeniser.read(job.train_path, between_samples=between_samples)
-        self._report_data("Training", train)
-        if job.valid_path is None:
-            return train, None
-        try:
-            valid = tokeniser.read(job.valid_path, between_samples=between_samples)
-        except InvalidTrainingFile as error:
-            raise InvalidTrainingFile(f"validation file: {error.message}", param="validation_file") from error
-        self._report_data("Validation", valid)
-        return train, valid
+    def _attach(self) -> None:
+        job = self.job
+        if job.init_from is None:
+            self._manager.add(job.job_id, self._spec.lora, seed=self._spec.seed)
+        else:
+            adapter = read_adapter(job.init_from)
+            self._manager.add_from(job.job_id, adapter, self._spec.lora, seed=self._spec.seed)
+        self._manager.train(True)
 
-    def _report_data(self, which: str, data: TokenisedDataset) -> None:
-        report = data.report
-        message = (
-            f"{which} data: {report.num_used} samples, {report.num_tokens} tokens, "
-            f"{report.num_label_tokens} of them labels"
+    def _resume(self) -> None:
+        expected = self._header()
+        checkpoint, refused = newest_fitting(self.job.resume_from, expected, self._parameters)
+        for why in refused:
+            self._warn(why)
+        if checkpoint is None:
+            return
+        header = checkpoint.header
+        self.job.on_event(
+            "info", "message", f"Resuming from step {header.position.step}", {"step": header.position.step}
         )
-        if report.num_truncated:
-            message += f"; {report.num_truncated} of {report.num_samples} samples were cut at the longest length"
-        if report.num_dropped:
-            message += f"; {report.num_dropped} without any label were dropped"
-        level: Literal["info", "warn"] = "warn" if report.num_truncated or report.num_dropped else "info"
-        self.job.on_event(level, "message", message, report.to_json())
+        self._optimizer.restore(checkpoint.standing)
+        self._position, self._best = header.position, checkpoint.best
+        if (header.device, header.dtype) != (expected.device, expected.dtype):
+            self._warn(
+                f"Resumed on {expected.device} in {expected.dtype}, not on {header.device} in {header.dtype}: "
+                "equal within rounding" + ("; dropout drops other inputs" if self._spec.lora.dropout else "")
+            )
+        if header.position.unreported is not None:
+            self._metrics = header.position.unreported.model_dump()
+            self._evaluation.begin()
 
     def _report_start(self) -> None:
         trainable = sum(p.numel() for p in self._parameters.values())
-        total = sum(p.numel() for p in self._base.model.parameters())
-        message = f"Training starts: {self.steps_left()} steps, {trainable:,} of {total:,} parameters"
+        total = sum(p.numel() for p in self._base.model.parameters()) - self._num_attached()
+        message = f"Training starts: {self.steps_left()} steps, {trainable:,} of {total + trainable:,} parameters"
         data: dict[str, Json] = {
-            "step": self.step, "total_steps": self.total_steps, "trainable_parameters": trainable, "parameters": total
+            "step": self.step, "total_steps": self.total_steps, "trainable_parameters": trainable,
+            "parameters": total + trainable,
         }  # fmt: skip
         self.job.on_event("info", "message", message, data)
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        header = self._header()
-        checkpoint.check(header, self._parameters)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(checkpoint.tensors["lora"][name])
-        self.step = self._first_step = checkpoint.header.step
-        self.trained_tokens = checkpoint.header.trained_tokens
-        self._optimizer.restore(checkpoint.tensors, steps=self.step)
-        if checkpoint.header.device == header.device:
-            self._manager.set_dropout_state(self.job.job_id, checkpoint.dropout_state)
-        elif self.job.spec.lora.dropout:
-            message = f"Resumed on {header.device}, not {checkpoint.header.device}: dropout draws anew from the seed"
-            self.job.on_event("warn", "message", message, {})
+    def _num_attached(self) -> int:
+        return sum(p.numel() for name in self._manager.list() for p in self._manager.parameters(name).values())
 
     def _header(self) -> Header:
         return Header(
-            spec=self.job.spec,
+            spec=self._spec,
             base_digest=self._base.digest,
             data_sha256=self._train.digest,
             device=self._base.device.type,
-            step=self.step,
-            trained_tokens=self.trained_tokens,
+            dtype=str(self._base.dtype).removeprefix("torch."),
+            position=self._position,
         )
+
+
+def _pairs(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """'<path>.lora_A' and '.lora_B' -> tensor, as path -> (A, B)."""
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in named)
+    return {path: (named[f"{path}.lora_A"], named[f"{path}.lora_B"]) for path in paths}

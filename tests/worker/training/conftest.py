@@ -3,7 +3,7 @@
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +67,10 @@ def spec_of(**changes: Any) -> TrainSpec:
 
 
 class Recorder:
-    """Makes a job out of a spec, keeps all it reports, and gives each step the order that is planned for it."""
+    """Makes a job out of a spec, keeps all it reports, and gives after each step the order that is planned for it."""
 
-    def __init__(self, directory: Path, spec: TrainSpec) -> None:
+    def __init__(self, directory: Path, spec: TrainSpec, *, job_id: str = "ftjob-1") -> None:
+        self.job_id = job_id
         self.directory = directory
         self.spec = spec
         self.orders: dict[int, Order] = {}
@@ -79,17 +80,26 @@ class Recorder:
         self.after_step: Callable[[int], None] = lambda step: None
         self.due_after: set[int] = set()
 
-    def job(self, train_path: Path, *, valid_path: Path | None = None, resume_from: Path | None = None) -> TrainingJob:
+    def job(
+        self,
+        train_path: Path,
+        *,
+        valid_path: Path | None = None,
+        resume_from: Sequence[Path] = (),
+        init_from: Path | None = None,
+    ) -> TrainingJob:
         return TrainingJob(
-            job_id="ftjob-1",
+            job_id=self.job_id,
             spec=self.spec,
             train_path=train_path,
             valid_path=valid_path,
             resume_from=resume_from,
-            checkpoint_due=lambda: self.reports[-1].step in self.due_after,
+            init_from=init_from,
+            checkpoint_due=lambda: bool(self.reports) and self.reports[-1].step in self.due_after,
             save_checkpoint=self._save,
             on_event=lambda *event: self.events.append(event),
             on_step=self._step,
+            order=lambda: self.orders.get(self.reports[-1].step if self.reports else 0, Order.GO_ON),
         )
 
     def metrics(self) -> list[Mapping[str, Any]]:
@@ -101,10 +111,9 @@ class Recorder:
         self.checkpoints[step].mkdir(parents=True)
         write(self.checkpoints[step])
 
-    def _step(self, report: StepReport) -> Order:
+    def _step(self, report: StepReport) -> None:
         self.reports.append(report)
         self.after_step(report.step)
-        return self.orders.get(report.step, Order.GO_ON)
 
 
 @pytest.fixture
@@ -113,7 +122,8 @@ def recorder(tmp_path: Path) -> Callable[..., Recorder]:
     made: list[Recorder] = []
 
     def make(**changes: Any) -> Recorder:
-        made.append(Recorder(tmp_path / f"recorder-{len(made)}", spec_of(**changes)))
+        job_id = f"ftjob-{len(made) + 1}"
+        made.append(Recorder(tmp_path / job_id, spec_of(**changes), job_id=job_id))
         return made[-1]
 
     return make
