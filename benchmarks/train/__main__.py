@@ -1,0 +1,159 @@
+"""The benchmark from its command line to its tables; exits with 1 if a row crashed or the losses do not agree."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.train import data, publish, report
+from benchmarks.train.plan import QUICK, Plan, Section, sections
+from benchmarks.train.processes import ROOT
+from benchmarks.train.rounds import Bench, JobsResult, SectionResult
+
+
+def main() -> None:
+    options = _options()
+    plan = Plan(threads=min(2, os.cpu_count() or 1))
+    if options.quick:
+        plan = replace(plan, **QUICK)
+    given = {name: getattr(options, name) for name in ("threads", "rounds") if getattr(options, name)}
+    plan = replace(plan, **given)
+    problems = data.find(options.data, ROOT)
+    work = ROOT / "build" / "bench-train"
+    work.mkdir(parents=True, exist_ok=True)
+
+    bench = Bench(plan, work)
+    prepared = bench.run("prepare", train=problems.train, valid=problems.valid)
+    if "failed" in prepared:
+        sys.exit(f"the data could not be prepared: {prepared['failed']}; see {bench.log.relative_to(ROOT)}")
+    bench.say(f"prepared: {problems.name}")
+    gemm = bench.run("gemm", budget_s=1.0)
+    results = [bench.measure_section(section) for section in _chosen(options, plan)]
+    jobs = None if options.no_jobs else _measure_jobs(bench, results)
+    gemm = _better(gemm, bench.run("gemm", budget_s=1.0))
+
+    text = _markdown(options, plan, problems.name, prepared["config"], bench, gemm, results, jobs)
+    wrong = [p for result in results for p in (*report.failures(result), *report.disagreements(result, plan))]
+    wrong += report.job_disagreements(jobs, plan) if jobs else []
+    record = {
+        "command": _command(),
+        "date": publish.today(),
+        "processor": publish.processor(),
+        "versions": publish.versions(),
+        "data": problems.name,
+        "plan": asdict(plan),
+        "gemm": gemm,
+        "sections": [asdict(result) for result in results],
+        "jobs": asdict(jobs) if jobs else None,
+        "problems": wrong,
+    }
+    (work / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{text}\n")
+    for problem in wrong:
+        print(f"PROBLEM: {problem}", file=sys.stderr)
+    if wrong:
+        sys.exit(
+            f"{len(wrong)} problems; nothing is published. What each process printed: {bench.log.relative_to(ROOT)}"
+        )
+    if options.quick or options.rows or options.no_jobs:
+        print("A quick or partial run is not published: docs/benchmarks.md is as it was.")
+        return
+    _publish(text, record)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench-train", description=__doc__)
+    parser.add_argument("--data", type=Path, help=f"directory with {' and '.join(data.FILES)}")
+    parser.add_argument("--quick", action="store_true", help="few steps, one round: does every row work?")
+    parser.add_argument("--rounds", type=int, help="repeats of each row")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--no-jobs", action="store_true", help="leave the small jobs out")
+    return parser.parse_args()
+
+
+def _command() -> str:
+    variables = {"--data": "DATA=dir", "--quick": "QUICK=1", "--rounds": "ROUNDS=n", "--threads": "THREADS=n"}
+    return " ".join(["make bench-train", *(text for option, text in variables.items() if option in sys.argv)])
+
+
+def _chosen(options: argparse.Namespace, plan: Plan) -> list[Section]:
+    chosen = [
+        replace(section, rows=tuple(row for row in section.rows if not options.rows or row.name in options.rows))
+        for section in sections(quick=options.quick)
+    ]
+    known = {row.name for section in sections() for row in section.rows}
+    if unknown := set(options.rows or []) - known:
+        sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    return [section for section in chosen if section.rows]
+
+
+def _measure_jobs(bench: Bench, results: list[SectionResult]) -> JobsResult | None:
+    """PEFT as people write it and lorad, each in the dtype in which it was the faster."""
+    first = results[0]
+    peer = first.fastest(lambda row: row.program == "peft" and row.role == "as written")
+    ours = first.fastest(lambda row: row.role == "ours")
+    if peer is None or ours is None:
+        bench.say("small jobs are left out: no PEFT row as written, or none of ours, has a figure")
+        return None
+    assert not isinstance(first.section.targets, str)
+    return bench.measure_jobs(peer, ours, first.section.targets)
+
+
+def _better(first: report.Gemm, second: report.Gemm) -> report.Gemm:
+    dtypes = ("float32", "bfloat16")
+    return {d: max(first[d], second[d], key=lambda measured: measured["flops_per_second"]) for d in dtypes}
+
+
+def _markdown(
+    options: argparse.Namespace,
+    plan: Plan,
+    data_name: str,
+    config: dict[str, Any],
+    bench: Bench,
+    gemm: report.Gemm,
+    results: list[SectionResult],
+    jobs: JobsResult | None,
+) -> str:
+    installed = ", ".join(f"{name} {version}" for name, version in publish.versions().items())
+    parts = [
+        f"`{_command()}`, {publish.today()}, {publish.processor()}, {plan.threads} threads; {installed}.",
+        f"Data: {data_name}. Batch {plan.batch_size}, r {plan.r}, alpha {plan.alpha}, learning rate "
+        f"{plan.learning_rate:g} falling linearly, {plan.warmup_steps} steps of warm-up and {plan.timed_steps} timed "
+        f"ones, {plan.rounds} rounds. Figures are medians over rounds, with the range in brackets.",
+        f"The machine's matrix products: {_gemm(gemm)}.",
+    ]
+    samples = data.read_tokens(bench.work, "train")
+    for result in results:
+        ours = result.fastest(lambda row: row.role == "ours")
+        parts.append(report.section_table(result, ours or result.section.rows[-1]))
+        shares = [report.peak_share(result, ours, samples, config, plan, gemm)] if ours else []
+        parts.append("\n".join(report.section_notes(result, plan) + shares))
+    if jobs is not None:
+        parts.append(report.jobs_table(jobs))
+        memory = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in jobs.peak_rss_bytes.items())
+        parts.append(
+            f"Each small job: {plan.job_samples} samples in batches of {plan.job_batch_size}, its own samples, seed "
+            f"and rank. Seconds from the start of the process; in brackets from the loaded base. Peak memory: {memory}."
+        )
+    return "\n\n".join([*parts, "\n".join(report.claims(results, jobs))])
+
+
+def _gemm(gemm: report.Gemm) -> str:
+    return "; ".join(f"{d} {m['flops_per_second'] / 1e9:.0f} GFLOP/s ({m['shape']})" for d, m in gemm.items())
+
+
+def _publish(text: str, record: dict[str, Any]) -> None:
+    page = ROOT / "docs" / "benchmarks.md"
+    page.write_text(publish.put_between_markers(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    results.mkdir(exist_ok=True)
+    (results / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("Written to docs/benchmarks.md and benchmarks/results/train.json.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The order of measurements: rounds over all rows in turn, then small jobs, then the judge."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.train.plan import Plan, Row, Section
+from benchmarks.train.processes import measure
+
+Answers = dict[str, list[dict[str, Any]]]
+"""Row -> its answers, round by round."""
+
+
+@dataclass
+class SectionResult:
+    """What was measured of one section. `losses` holds the base's under "base"."""
+
+    section: Section
+    answers: Answers = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+
+    def rates(self, row: str) -> list[float | None]:
+        return [answer.get("tokens_per_second") for answer in self.answers[row]]
+
+    def fastest(self, choose: Callable[[Row], bool]) -> Row | None:
+        """The row with the highest median of tokens per second among those chosen; None if none has a figure."""
+        medians = {
+            row: median(known)
+            for row in self.section.rows
+            if choose(row) and (known := [rate for rate in self.rates(row.name) if rate is not None])
+        }
+        return max(medians, key=medians.__getitem__) if medians else None
+
+
+@dataclass
+class JobsResult:
+    """Makespans of N small jobs in seconds, round by round: `at_once[n]`, and running totals for the serial programs.
+
+    `*_loaded` start at the loaded base model, the others at the start of the process.
+    """
+
+    peer: Row
+    ours: Row
+    at_once: dict[int, list[float | None]] = field(default_factory=dict)
+    at_once_loaded: dict[int, list[float | None]] = field(default_factory=dict)
+    one_by_one: dict[int, list[float | None]] = field(default_factory=dict)
+    one_by_one_loaded: dict[int, list[float | None]] = field(default_factory=dict)
+    peer_serial: dict[int, list[float | None]] = field(default_factory=dict)
+    peer_serial_loaded: dict[int, list[float | None]] = field(default_factory=dict)
+    peak_rss_bytes: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+class Bench:
+    """One benchmark run over prepared data. Prints a line for each process that ends."""
+
+    def __init__(self, plan: Plan, work: Path) -> None:
+        self.plan = plan
+        self.work = work
+        self.log = work / "log.txt"
+        self.adapters = work / "adapters"
+        self._started_s = time.perf_counter()
+        self.log.unlink(missing_ok=True)
+        shutil.rmtree(self.adapters, ignore_errors=True)
+
+    def run(self, kind: str, **request: Any) -> dict[str, Any]:
+        """The answer of one process. Its name and figures are the caller's to print."""
+        request = {"plan": self.plan.to_json(), "work": str(self.work), **request}
+        return measure(kind, request, threads=self.plan.threads, log=self.log)
+
+    def say(self, text: str) -> None:
+        minutes, seconds = divmod(int(time.perf_counter() - self._started_s), 60)
+        print(f"{minutes:3d}:{seconds:02d}  {text}", flush=True)
+
+    def measure_section(self, section: Section) -> SectionResult:
+        """All rounds of one section, then the losses of the first round's adapters."""
+        result = SectionResult(section, {row.name: [] for row in section.rows})
+        saved: dict[str, str] = {}
+        for number in range(1, self.plan.rounds + 1):
+            for row in section.rows:
+                adapter = self.adapters / section.name / f"{row.name}-{number}" / "adapter"
+                adapter.parent.mkdir(parents=True)
+                answer = self.run(
+                    f"{row.program}-row", row=row.to_json(), targets=section.targets, adapter=str(adapter)
+                )
+                result.answers[row.name].append(answer)
+                self.say(f"{section.name}, round {number}, {row.name}: {_in_short(answer)}")
+                if (adapter / "adapter_model.safetensors").is_file():
+                    saved.setdefault(row.name, str(adapter))
+        result.losses = self._losses(saved, self.plan.num_valid)
+        self.say(f"{section.name}: validation losses {_rounded(result.losses)}")
+        return result
+
+    def measure_jobs(self, peer: Row, ours: Row, targets: list[str]) -> JobsResult:
+        """Small jobs at once in one engine, one after the other in one engine, and as PEFT processes one by one."""
+        result = JobsResult(peer, ours)
+        counts = self.plan.job_counts
+        for table in (result.at_once, result.at_once_loaded, result.one_by_one, result.one_by_one_loaded):
+            table.update({n: [] for n in counts})
+        for table in (result.peer_serial, result.peer_serial_loaded):
+            table.update({n: [] for n in counts})
+        for number in range(1, self.plan.job_rounds + 1):
+            self._jobs_at_once(result, number, targets)
+            self._jobs_one_by_one(result, number, targets)
+            self._jobs_of_peer(result, number, targets)
+        saved = {
+            f"{program}/job-{job}": str(path)
+            for program in ("at-once", "peer")
+            for job in range(self.plan.jobs)
+            if (path := self._job_adapters(program, 1) / f"job-{job}").is_dir()
+        }
+        result.losses = self._losses(saved, self.plan.job_valid)
+        self.say(f"small jobs: validation losses {_rounded(result.losses)}")
+        return result
+
+    def _jobs_at_once(self, result: JobsResult, number: int, targets: list[str]) -> None:
+        for n in result.at_once:
+            directory = self._job_adapters("at-once" if n == self.plan.jobs else f"at-once-{n}", number)
+            answer = self._ours(result, directory, targets, n, at_once=True)
+            seconds = answer.get("seconds")
+            result.at_once[n].append(answer["wall_s"] if seconds else None)
+            result.at_once_loaded[n].append(max(seconds) if seconds else None)
+            self._note(result, "at once", answer)
+            self.say(f"jobs, round {number}, {n} at once: {_makespan(answer)}")
+
+    def _jobs_one_by_one(self, result: JobsResult, number: int, targets: list[str]) -> None:
+        """Prefixes of one run of all jobs are the runs of fewer: a later job cannot touch an earlier one's time."""
+        answer = self._ours(result, self._job_adapters("serial", number), targets, self.plan.jobs, at_once=False)
+        seconds = answer.get("seconds")
+        for n in result.one_by_one:
+            loaded = seconds[n - 1] if seconds else None
+            result.one_by_one_loaded[n].append(loaded)
+            result.one_by_one[n].append(answer["wall_s"] - seconds[-1] + loaded if loaded is not None else None)
+        self._note(result, "one by one", answer)
+        self.say(f"jobs, round {number}, {self.plan.jobs} one by one: {_makespan(answer)}")
+
+    def _jobs_of_peer(self, result: JobsResult, number: int, targets: list[str]) -> None:
+        walls: list[float | None] = []
+        loaded: list[float | None] = []
+        for job in range(self.plan.jobs):
+            adapter = self._job_adapters("peer", number) / f"job-{job}"
+            adapter.parent.mkdir(parents=True, exist_ok=True)
+            answer = self.run("peft-job", row=result.peer.to_json(), targets=targets, adapter=str(adapter), job=job)
+            walls.append(answer.get("wall_s") if "seconds" in answer else None)
+            loaded.append(answer.get("seconds"))
+            self._note(result, "PEFT", answer)
+            self.say(f"jobs, round {number}, {result.peer.name} job {job}: {_makespan(answer)}")
+        for n in result.peer_serial:
+            result.peer_serial[n].append(_sum(walls[:n]))
+            result.peer_serial_loaded[n].append(_sum(loaded[:n]))
+
+    def _ours(
+        self, result: JobsResult, directory: Path, targets: list[str], jobs: int, *, at_once: bool
+    ) -> dict[str, Any]:
+        return self.run(
+            "ours-jobs",
+            row=result.ours.to_json(),
+            targets=targets,
+            adapter=str(directory),
+            jobs=jobs,
+            at_once=at_once,
+        )
+
+    def _job_adapters(self, program: str, number: int) -> Path:
+        return self.adapters / "jobs" / f"{program}-{number}"
+
+    def _note(self, result: JobsResult, program: str, answer: dict[str, Any]) -> None:
+        if "peak_rss_bytes" in answer:
+            result.peak_rss_bytes[program] = max(result.peak_rss_bytes.get(program, 0), answer["peak_rss_bytes"])
+        else:
+            result.failures.append(f"{program}: {answer.get('failed') or answer.get('unavailable')}")
+
+    def _losses(self, adapters: dict[str, str], num_valid: int) -> dict[str, float]:
+        answer = self.run("evaluate", adapters=adapters, num_valid=num_valid)
+        if "losses" not in answer:
+            self.say(f"the evaluation failed: {answer}")
+        return dict(answer.get("losses", {}))
+
+
+def _sum(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _in_short(answer: dict[str, Any]) -> str:
+    if "tokens_per_second" not in answer:
+        return _makespan(answer)
+    memory, rate = answer["peak_rss_bytes"] / 1e9, answer["tokens_per_second"]
+    left_out = f", without {', '.join(answer['left_out'])}: not in this version" if answer["left_out"] else ""
+    return f"{rate:.0f} tokens/s, {memory:.2f} GB, {answer['wall_s']:.0f} s in all{left_out}"
+
+
+def _makespan(answer: dict[str, Any]) -> str:
+    if "seconds" not in answer:
+        return "FAILED: " + answer["failed"] if "failed" in answer else "not available: " + answer["unavailable"]
+    seconds = answer["seconds"]
+    trained = max(seconds) if isinstance(seconds, list) else seconds
+    return f"{trained:.1f} s once loaded, {answer['wall_s']:.1f} s in all"
+
+
+def _rounded(losses: dict[str, float]) -> dict[str, float]:
+    return {name: round(loss, 4) for name, loss in losses.items()}
