@@ -185,7 +185,8 @@ class TrainingRun:
         self._move(seconds=self._seconds())
         standing = self._optimizer.standing()
         checkpoint = Checkpoint(self._header(), standing, self._best)
-        self.job.save_checkpoint(self.step, dict(self._metrics), checkpoint.write)
+        metrics = self._metrics if self._metrics.get("step") == self.step else {}  # a skipped step has none
+        self.job.save_checkpoint(self.step, dict(metrics), checkpoint.write)
         self._anchor, self._anchored_at = standing, self.step
 
     def result(self, outcome: Literal["finished", "stopped"], order: Order | None = None) -> TrainingResult:

@@ -106,7 +106,7 @@ class Recorder:
         return [data for _, type, _, data in self.events if type == "metrics"]
 
     def _save(self, step: int, metrics: Mapping[str, Any], write: WriteDirectory) -> None:
-        assert metrics["step"] == step
+        assert metrics.get("step", step) == step
         self.checkpoints[step] = self.directory / f"step-{step}"
         self.checkpoints[step].mkdir(parents=True)
         write(self.checkpoints[step])
