@@ -1,7 +1,9 @@
 """What training sees of a data set: how long its samples are, what of them is lost, and how one of them is learnt."""
 
+# Shapes: S samples that were read.
+
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, Final
@@ -97,13 +99,14 @@ class SampleFacts:
         """Indices of the samples that are used, which is how a data set counts them."""
         return [i for i, is_used in enumerate(self.is_used) if is_used]
 
-    def select(self, indices: Sequence[int]) -> "SampleFacts":
+    def select(self, indices: Iterable[int]) -> "SampleFacts":
         """The facts of some of these samples, in the order given."""
         chosen = SampleFacts()
-        chosen.lines.extend(self.lines[i] for i in indices)
-        chosen.lengths.extend(self.lengths[i] for i in indices)
-        chosen.hashes.extend(self.hashes[i] for i in indices)
-        chosen.is_used.extend(self.is_used[i] for i in indices)
+        for i in indices:
+            chosen.lines.append(self.lines[i])
+            chosen.lengths.append(self.lengths[i])
+            chosen.hashes.append(self.hashes[i])
+            chosen.is_used.append(self.is_used[i])
         return chosen
 
 

@@ -1,5 +1,7 @@
 """Training files as tokens with label marks, and the order in which an epoch sees them."""
 
+# Shapes: S samples that are used, T tokens of them all.
+
 import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -158,12 +160,12 @@ def split(data: TokenisedDataset, *, share: float, seed: int) -> tuple[Tokenised
             f"and {len(data)} of {data.report.num_samples} samples can be used",
             param="training_file",
         )
-    held_out = set(_permutation(len(data), f"split/{seed}")[:num_held_out])
-    is_used = iter(range(len(data)))
-    position = [next(is_used) if used else None for used in data.facts.is_used]
+    is_held_out_S = torch.zeros(len(data), dtype=torch.bool)
+    is_held_out_S[_permutation(len(data), f"split/{seed}")[:num_held_out]] = True
+    held_out = {i for i, is_held_out in zip(data.facts.used(), is_held_out_S.tolist(), strict=True) if is_held_out}
     return (
-        _part(data, [i for i, at in enumerate(position) if at not in held_out]),
-        _part(data, [i for i, at in enumerate(position) if at in held_out]),
+        _part(data, ~is_held_out_S, data.facts.select(i for i in range(len(data.facts)) if i not in held_out)),
+        _part(data, is_held_out_S, data.facts.select(sorted(held_out))),
     )
 
 
@@ -268,15 +270,14 @@ def _labelled_length(is_label: Sequence[bool]) -> int:
     return next((k for k in range(len(is_label), 0, -1) if is_label[k - 1]), 0)
 
 
-def _part(data: TokenisedDataset, indices: Sequence[int]) -> TokenisedDataset:
-    """Some of the samples that were read, `indices` in the order of the facts; a copy."""
-    position = dict(zip(data.facts.used(), range(len(data)), strict=True))
-    samples = [data[position[i]] for i in indices if i in position]
-    facts = data.facts.select(indices)
-    starts = array("q", accumulate((len(tokens) for tokens, _ in samples), initial=0))
-    is_label = torch.cat([is_label for _, is_label in samples])
+def _part(data: TokenisedDataset, is_kept_S: Tensor, facts: SampleFacts) -> TokenisedDataset:
+    """The samples that are kept, a copy; `is_kept_S` says it for each of the data set's S samples."""
+    sizes_S = torch.tensor(data.starts, dtype=torch.int64).diff()
+    is_kept_T = is_kept_S.repeat_interleave(sizes_S)
+    starts = array("q", accumulate(sizes_S[is_kept_S].tolist(), initial=0))
+    is_label = data.is_label[is_kept_T]
     return TokenisedDataset(
-        tokens=torch.cat([tokens for tokens, _ in samples]),
+        tokens=data.tokens[is_kept_T],
         is_label=is_label,
         starts=starts,
         report=report_on(facts, starts, int(is_label.sum()), longest=data.longest, example=data.report.example),
