@@ -4,15 +4,13 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from api.learning_rate import REFERENCE_LEARNING_RATE
 from api.schemas.wire import Out
-from shared.specs import LoraSpec, TrainSpec
+from shared.specs import LoraSpec, LrSchedule, TrainSpec
 from shared.tables import Checkpoint, Job, JobEvent
 
 Status = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 _STATUS: TypeAdapter[Status] = TypeAdapter(Status)
-
-REFERENCE_LEARNING_RATE = 2e-4
-"""What a learning_rate_multiplier of 1 means."""
 
 
 class JobError(Out):
@@ -37,15 +35,24 @@ class ResolvedMethod(Out):
 
 
 class ResolvedTraining(Out):
+    """What is trained in the end. `init_from` is the id of an adapter version."""
+
     learning_rate: float
-    lr_schedule: Literal["linear", "constant"]
+    lr_schedule: LrSchedule
+    lora_plus_ratio: float
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
     max_steps: int | None
+    max_seconds: int | None
     max_seq_len: int
     train_on: Literal["completion", "all"]
     checkpoint_every: int | None
+    validation_split: float | None
+    eval_every: int | None
+    early_stopping_patience: int | None
+    publish: Literal["last", "best"]
+    init_from: str | None
 
 
 class FineTuningJob(Out):
@@ -90,7 +97,7 @@ class FineTuningJob(Out):
         hyperparameters = ResolvedHyperparameters(
             n_epochs=spec.n_epochs,
             batch_size=spec.batch_size,
-            learning_rate_multiplier=spec.learning_rate / REFERENCE_LEARNING_RATE,
+            learning_rate_multiplier=float(f"{spec.learning_rate / REFERENCE_LEARNING_RATE:.12g}"),
         )
         return cls(
             id=row.id,

@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field
 
 from api.schemas.wire import Flag, In, Metadata, ModelName, PageQuery, PageSize, Query, whole_number
 from shared import limits
-from shared.specs import LoraSpec
+from shared.specs import LoraSpec, LrSchedule
 
 Auto = Literal["auto"]
 Epochs = Annotated[int, Field(ge=1, le=limits.MAX_EPOCHS)]
@@ -17,7 +17,8 @@ Steps = Annotated[int, Field(ge=1, le=limits.MAX_STEPS)]
 
 class Hyperparameters(In):
     """OpenAI's three knobs. `auto`: batch_size is one sixteenth of the samples, from 1 to 8; n_epochs is enough for
-    100 optimizer steps, from 3 to 25; learning_rate_multiplier is 1, which means a learning rate of 2e-4."""
+    100 optimizer steps, from 3 to 25. learning_rate_multiplier scales 2e-4, always; `auto` leaves the rate to
+    `training.learning_rate`, and what came of it is in the answer."""
 
     n_epochs: Auto | Epochs = "auto"
     batch_size: Auto | BatchSize = "auto"
@@ -34,25 +35,50 @@ class Method(In):
 
 
 class Training(In):
-    """Knobs beyond OpenAI's. `max_steps` wins over n_epochs; `learning_rate` excludes learning_rate_multiplier;
-    `max_seq_len` defaults to 1024 or the model's context, whichever is less."""
+    """Knobs beyond OpenAI's.
 
-    learning_rate: Annotated[float, Field(gt=0, le=limits.MAX_LEARNING_RATE)] | None = None
-    lr_schedule: Literal["linear", "constant"] = "linear"
+    `learning_rate` excludes learning_rate_multiplier. Its `auto` is 5e-4 (1e9 / N)^(1/4) for a base model of N
+    parameters, half as much again in runs of fewer than 100 steps; N counts as 1e8 at least. LoRA wants about 10 times
+    the rate of full fine-tuning, about 15 times in short runs, nearly whatever its rank ("LoRA Without Regret",
+    Thinking Machines 2025). B learns at `lora_plus_ratio` times the rate of A (LoRA+).
+
+    `max_steps` wins over n_epochs. `max_seconds` ends the training after so much time, with an adapter.
+    `max_seq_len` defaults to 1024 or the model's context, whichever is less. `train_on` says whether prompts are
+    learnt too.
+
+    `validation_split` holds out this share of the training file; it excludes `validation_file`. One of the two is
+    needed for what follows. `eval_every` counts steps; without it, each epoch ends with an evaluation. Training
+    stops after `early_stopping_patience` evaluations in a row without a lower validation loss. `publish` is the
+    adapter of the last step or of the best evaluation; `auto` is the best if there is validation and
+    early stopping or max_seconds is asked for, else the last.
+
+    `init_from` is an adapter version of the same base model, name@3 or name@alias, whose weights are the start. `lora`
+    is then taken from it, all but the dropout, and may be left out; the answer holds the version's id."""
+
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=limits.MAX_LEARNING_RATE)] = "auto"
+    lr_schedule: LrSchedule = "linear"
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=limits.MAX_LORA_PLUS_RATIO)] = 1.0
     warmup_steps: Annotated[int, Field(ge=0, le=limits.MAX_STEPS)] = 0
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = 1.0
     max_steps: Steps | None = None
+    max_seconds: Annotated[int, Field(ge=1, le=limits.MAX_SECONDS)] | None = None
     max_seq_len: Annotated[int, Field(ge=8, le=limits.MAX_SEQ_LEN)] | None = None
     train_on: Literal["completion", "all"] = "completion"
     checkpoint_every: Steps | None = None
+    validation_split: Annotated[float, Field(gt=0, le=0.5)] | None = None
+    eval_every: Steps | None = None
+    early_stopping_patience: Steps | None = None
+    publish: Literal["auto", "last", "best"] = "auto"
+    init_from: ModelName | None = None
 
 
 class JobRequest(In):
     """One training job. Everything but `model` and `training_file` may be left out.
 
     `suffix` names the adapter; without it a name like lora-0123456789ab is made up. A missing `seed` is drawn and kept.
-    `lora.target_modules` defaults to q_proj and v_proj where the model has them, else to 'attention'.
+    `lora.target_modules` defaults to q_proj and v_proj where the model has them, else to 'attention'. The keys of
+    `lora.rank_pattern` and `lora.alpha_pattern` must match modules that are adapted.
     """
 
     model: ModelName

@@ -32,9 +32,14 @@ def test_no_choice_at_all_gives_the_documented_one(api: Api) -> None:
     """Everything left out is resolved and shown: 20 samples make batches of 1 for 5 epochs, which is 100 steps."""
     job = api.job()
 
-    assert job["hyperparameters"] == {"n_epochs": 5, "batch_size": 1, "learning_rate_multiplier": 1.0}
+    assert job["hyperparameters"] == {"n_epochs": 5, "batch_size": 1, "learning_rate_multiplier": 4.45}
     assert job["method"]["supervised"]["hyperparameters"] == job["hyperparameters"]
-    assert (job["training"]["learning_rate"], job["training"]["max_seq_len"]) == (2e-4, 128)
+    assert job["training"] == {
+        "learning_rate": 8.9e-4, "lr_schedule": "linear", "lora_plus_ratio": 1.0, "warmup_steps": 0,
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "max_steps": None, "max_seconds": None, "max_seq_len": 128,
+        "train_on": "completion", "checkpoint_every": None, "validation_split": None, "eval_every": None,
+        "early_stopping_patience": None, "publish": "last", "init_from": None,
+    }  # fmt: skip
     assert (job["total_steps"], job["queue_position"], job["step"]) == (100, 1, 0)
     assert job["lora"]["target_modules"] == ["q_proj", "v_proj"]
     assert job["adapter"].startswith("lora-")
