@@ -28,12 +28,12 @@ class SectionResult:
 
     def fastest(self, choose: Callable[[Row], bool]) -> Row | None:
         """The row with the highest median of tokens per second among those chosen; None if none has a figure."""
-        medians = {
-            row: median(known)
+        measured = [
+            (median(known), row)
             for row in self.section.rows
             if choose(row) and (known := [rate for rate in self.rates(row.name) if rate is not None])
-        }
-        return max(medians, key=medians.__getitem__) if medians else None
+        ]
+        return max(measured, key=lambda pair: pair[0])[1] if measured else None
 
 
 @dataclass
