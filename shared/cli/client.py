@@ -12,6 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from shared.cli.client_chat import Question, ask_once, converse
 from shared.cli.client_output import Output
 from shared.cli.client_pull import RemoteFile, files_of, find_version, pull
+from shared.cli.client_train import job_settings, training_options
+from shared.cli.client_usage import OneLineCommand
 from shared.cli.client_watch import display_for, follow, job_path
 from shared.cli.http import Json, Service, ServiceError, new_idempotency_key
 from shared.config import Settings
@@ -22,7 +24,6 @@ COMMANDS: list[click.Command] = []
 DETACHED = 130
 """Exit status after Ctrl-C, as of a program that SIGINT ended: what the caller waited for is not there."""
 
-_PRESETS = ("attention", "mlp", "all-linear")
 _HISTORY = 20
 
 
@@ -48,7 +49,7 @@ def _client_command(name: str) -> Callable[[Callable[..., None]], click.Command]
                 sys.exit(1)
 
         json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
-        command = click.command(name)(json_option(with_service))
+        command = click.command(name, cls=OneLineCommand)(json_option(with_service))
         COMMANDS.append(command)
         return command
 
@@ -59,26 +60,17 @@ def _client_command(name: str) -> Callable[[Callable[..., None]], click.Command]
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--base", required=True, help="The base model, as `lorad base list` names it.")
 @click.option("--name", "adapter", required=True, help="The adapter's name; training it again makes its next version.")
-@click.option("--epochs", type=int, help="Passes over the data.")
-@click.option("--max-steps", type=int, help="Optimizer steps; wins over --epochs.")
-@click.option("--batch-size", type=int, help="Samples per optimizer step.")
-@click.option("--learning-rate", type=float)
-@click.option("--rank", type=int, help="Rank r of the update.")
-@click.option("--alpha", type=float, help="The update is scaled by alpha / r.")
-@click.option("--dropout", type=float, help="Dropout on the adapter's input.")
-@click.option("--target", "targets", multiple=True, help="A module name, repeatable, or attention, mlp, all-linear.")
-@click.option("--seed", type=int, help="Drawn, and kept with the job, if not given.")
+@training_options
 @click.option("--detach", is_flag=True, help="Return as soon as the job is queued.")
 def train(service: Service, out: Output, *, file: Path, base: str, adapter: str, detach: bool, **settings: Any) -> None:
     """Train an adapter on FILE: upload it, submit the job and watch it.
 
     Ctrl-C stops the watching, not the job.
     """
-    body = {"model": base, "suffix": adapter} | _job_settings(**settings)
-    uploaded = service.upload(file)
-    if uploaded["status"] == "error":
-        raise ServiceError(f"{file.name} cannot be trained on: {uploaded['status_details']}")
-    body["training_file"] = uploaded["id"]
+    body = {"model": base, "suffix": adapter} | job_settings(settings)
+    for param, data in {"training_file": file, "validation_file": settings["validation"]}.items():
+        if data is not None:
+            body[param] = _upload(service, data)
     job = service.post("/fine_tuning/jobs", body, idempotency_key=new_idempotency_key())
     if detach:
         out.record(job, f"{job['id']} is {job['status']}; watch it with: lorad watch {job['id']}")
@@ -167,33 +159,12 @@ def chat(service: Service, out: Output, *, prompt: str | None, **question: Any) 
         converse(service, out, Question(**question))
 
 
-def _job_settings(
-    *,
-    epochs: int | None,
-    max_steps: int | None,
-    batch_size: int | None,
-    learning_rate: float | None,
-    rank: int | None,
-    alpha: float | None,
-    dropout: float | None,
-    targets: tuple[str, ...],
-    seed: int | None,
-) -> Json:
-    """The job's body as far as the options say; what is not said is left to the service."""
-    preset = next((target for target in targets if target in _PRESETS), None)
-    if preset and len(targets) > 1:
-        raise click.UsageError(f"--target {preset} stands for several modules already; it cannot be combined")
-    hyperparameters = _given({"n_epochs": epochs, "batch_size": batch_size})
-    groups = {
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}} if hyperparameters else {},
-        "lora": _given({"r": rank, "alpha": alpha, "dropout": dropout, "target_modules": preset or list(targets)}),
-        "training": _given({"learning_rate": learning_rate, "max_steps": max_steps}),
-    }
-    return {name: group for name, group in groups.items() if group} | _given({"seed": seed})
-
-
-def _given(options: Json) -> Json:
-    return {name: value for name, value in options.items() if value not in (None, [])}
+def _upload(service: Service, file: Path) -> str:
+    """The id of the data set that `file` is on the service now."""
+    uploaded = service.upload(file)
+    if uploaded["status"] == "error":
+        raise ServiceError(f"{file.name} cannot be trained on: {uploaded['status_details']}")
+    return str(uploaded["id"])
 
 
 def _watch(service: Service, out: Output, job_id: str, *, history: int | None) -> None:

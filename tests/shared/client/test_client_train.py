@@ -1,15 +1,21 @@
 """`lorad train`, `watch`, `jobs` and `cancel` against a server that keeps the contract."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
+from api.schemas.jobs import JobRequest, Training
+from shared.cli.client import COMMANDS
+from shared.specs import LoraSpec
 from tests.shared.client.conftest import Lorad
-from tests.shared.client.server import ContractServer, Script, message, metrics
+from tests.shared.client.server import ContractServer, Json, Script, message, metrics
 
 TRAIN = ("--base", "tiny", "--name", "nya")
 
@@ -45,18 +51,132 @@ def test_train_sends_only_what_was_asked(server: ContractServer, lorad: Lorad, d
     assert request.json == {"model": "tiny", "suffix": "nya", "training_file": next(iter(server.uploads))}
 
 
-def test_train_sends_every_option(server: ContractServer, lorad: Lorad, data: Path) -> None:
-    """Each option arrives in its place of the job's body."""
-    settings = ["--epochs=2", "--max-steps=9", "--batch-size=4", "--learning-rate=0.01", "--rank=4", "--alpha=8"]
+EVERY_OPTION = {
+    "--epochs=2": ("method.supervised.hyperparameters.n_epochs", 2),
+    "--batch-size=4": ("method.supervised.hyperparameters.batch_size", 4),
+    "--max-steps=9": ("training.max_steps", 9),
+    "--max-seconds=60": ("training.max_seconds", 60),
+    "--max-seq-len=512": ("training.max_seq_len", 512),
+    "--learning-rate=0.01": ("training.learning_rate", 0.01),
+    "--schedule=cosine": ("training.lr_schedule", "cosine"),
+    "--warmup-steps=0": ("training.warmup_steps", 0),
+    "--weight-decay=0.1": ("training.weight_decay", 0.1),
+    "--max-grad-norm=0.5": ("training.max_grad_norm", 0.5),
+    "--lora-plus=16": ("training.lora_plus_ratio", 16.0),
+    "--train-on=all": ("training.train_on", "all"),
+    "--rank=4": ("lora.r", 4),
+    "--alpha=8": ("lora.alpha", 8.0),
+    "--rslora": ("lora.use_rslora", True),
+    "--dropout=0": ("lora.dropout", 0.0),
+    "--target=q_proj": ("lora.target_modules", ["q_proj"]),
+    "--init-from=math@prod": ("training.init_from", "math@prod"),
+    "--validation-split=0.1": ("training.validation_split", 0.1),
+    "--eval-every=5": ("training.eval_every", 5),
+    "--early-stopping=3": ("training.early_stopping_patience", 3),
+    "--publish=best": ("training.publish", "best"),
+    "--checkpoint-every=50": ("training.checkpoint_every", 50),
+    "--priority=-1": ("priority", -1),
+    "--seed=7": ("seed", 7),
+}
 
-    lorad("train", data, *TRAIN, *settings, "--target=q_proj", "--target=v_proj", "--seed=7", "--detach")
+
+def test_train_sends_every_option(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """Each option arrives in its place of the job's body, which the API can read, and nothing else does."""
+    lorad("train", data, *TRAIN, *EVERY_OPTION, "--detach")
 
     (request,) = server.requests("POST", "/fine_tuning/jobs")
-    body = request.json
-    assert body["method"] == {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}}
-    assert body["lora"] == {"r": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj"]}
-    assert body["training"] == {"learning_rate": 0.01, "max_steps": 9}
-    assert body["seed"] == 7
+    assert dict(leaves(request.json)) == dict(EVERY_OPTION.values()) | {
+        "model": "tiny", "suffix": "nya", "training_file": next(iter(server.uploads)), "method.type": "supervised"
+    }  # fmt: skip
+    JobRequest.model_validate(request.json)
+
+
+def test_every_knob_of_a_job_has_an_option() -> None:
+    """What the API can be asked of a training the command can ask, but for the patterns of single modules."""
+    reached = {place.partition(".")[2] for place, _ in EVERY_OPTION.values() if "." in place}
+
+    assert set(Training.model_fields) == {place for place in reached if place in Training.model_fields}
+    assert set(LoraSpec.model_fields) - reached == {"rank_pattern", "alpha_pattern"}
+
+
+def leaves(body: Json, above: str = "") -> Iterator[tuple[str, object]]:
+    """The dotted path and the value of everything in a body that is not an object."""
+    for name, value in body.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def test_the_rate_may_be_auto(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """`auto` is sent as the word."""
+    lorad("train", data, *TRAIN, "--learning-rate", "auto", "--detach")
+
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    assert request.json["training"] == {"learning_rate": "auto"}
+
+
+def test_validation_data_is_uploaded_too(server: ContractServer, lorad: Lorad, data: Path, tmp_path: Path) -> None:
+    """The two files arrive under their names, each in its place."""
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"text": "purr"}\n')
+
+    lorad("train", data, *TRAIN, "--validation", held_out, "--early-stopping=2", "--detach")
+
+    (request,) = server.requests("POST", "/fine_tuning/jobs")
+    names = {file_id: name for file_id, (name, _) in server.uploads.items()}
+    assert names[request.json["training_file"]] == "nya.jsonl"
+    assert names[request.json["validation_file"]] == "held-out.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--learning-rate=2"], "'--learning-rate': 2.0 is not in the range 0<x<=1.0"),
+        (["--learning-rate=fast"], "'--learning-rate': 'fast' is not a valid float|auto"),
+        (["--learning-rate=nan"], "'--learning-rate': 'nan' is not a finite number"),
+        (["--alpha=nan"], "'--alpha': 'nan' is not a finite number"),
+        (["--rank=0"], "'--rank': 0 is not in the range 1<=x<=256"),
+        (["--schedule=step"], "'--schedule': 'step' is not one of"),
+        (["--validation-split=0.6"], "'--validation-split': 0.6 is not in the range 0<x<=0.5"),
+        (["--validation=absent.jsonl"], "'--validation': File 'absent.jsonl' does not exist"),
+        (["--eval-every=5"], "--eval-every needs --validation FILE or --validation-split SHARE"),
+        (["--early-stopping=5", "--publish=best"], "--early-stopping, --publish best needs --validation"),
+        (["--wat"], "No such option"),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    server: ContractServer, lorad: Lorad, data: Path, options: list[str], says: str
+) -> None:
+    """What is wrong and where help is, on standard error, with exit status 2 and before anything is uploaded."""
+    ran = lorad("train", data, *TRAIN, *options)
+
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith("lorad: ")
+    assert says in ran.err
+    assert ran.err.endswith("train --help)\n")
+    assert server.seen == []
+
+
+def test_two_kinds_of_validation_data_are_wrong_usage(server: ContractServer, lorad: Lorad, data: Path) -> None:
+    """A file and a split cannot both be."""
+    ran = lorad("train", data, *TRAIN, "--validation", data, "--validation-split=0.1")
+
+    assert (ran.code, "cannot be combined" in ran.err) == (2, True)
+    assert server.seen == []
+
+
+def test_help_explains_every_option_in_a_group(lorad: Lorad) -> None:
+    """Each option stands once, with a word of help, under the heading of its group."""
+    told = lorad("train", "--help").out
+    (command,) = [command for command in COMMANDS if command.name == "train"]
+    options = [option for option in command.params if isinstance(option, click.Option)]
+
+    headings = ["Options", "Length", "Optimizer", "Adapter", "Validation", "Job"]
+    assert [line[:-1] for line in told.splitlines() if line.endswith(":") and line[0] != " "] == headings
+    assert [option.name for option in options if not option.help] == []
+    for option in options:
+        assert len(re.findall(rf"^  {option.opts[0]}\b(?!-)", told, re.MULTILINE)) == 1, option.opts
 
 
 def test_zero_is_sent_and_not_taken_for_unset(server: ContractServer, lorad: Lorad, data: Path) -> None:
