@@ -61,6 +61,10 @@ def versions_of(service: Service, name: str) -> list[dict[str, Any]]:
     return list(answer.json()["versions"]) if answer.status_code == 200 else []
 
 
+def weights_of(service: Service, name: str) -> bytes:
+    return httpx2.get(f"{service.url}/adapters/{name}/versions/1/files/adapter_model.safetensors").content
+
+
 def ask(client: OpenAI, model: str) -> str:
     answer = client.chat.completions.create(model=model, messages=QUESTION, max_tokens=24, temperature=0)
     return answer.choices[0].message.content or ""
@@ -147,8 +151,11 @@ def test_cancel_stops_a_running_job(client: OpenAI, service: Service, training_f
     assert versions_of(service, "stopped") == []
 
 
-def test_killed_trainer_resumes_from_a_checkpoint(client: OpenAI, service: Service, training_file: str) -> None:
-    """kill -9 of every trainer in the middle of a job: it resumes, and publishes exactly one version."""
+def test_killed_trainer_resumes_from_a_checkpoint(
+    client: OpenAI, service: Service, training_file: str, trained: FineTuningJob
+) -> None:
+    """kill -9 of every trainer in the middle of a job: it resumes, and publishes exactly one version, which is bit for
+    bit that of the same job without the kill."""
     job = submit(client, training_file, "survivor", **LESSON)
     wait_for("a checkpoint", lambda: list(client.fine_tuning.jobs.checkpoints.list(job.id)), timeout_s=120)
     for process in service.trainers():
@@ -163,6 +170,7 @@ def test_killed_trainer_resumes_from_a_checkpoint(client: OpenAI, service: Servi
     assert steps.count(1) == 1
     assert sorted(set(steps)) == list(range(1, 41))
     assert [v["version"] for v in versions_of(service, "survivor")] == [1]
+    assert weights_of(service, "survivor") == weights_of(service, "nya")
 
 
 def test_terminated_trainer_gives_its_job_back(client: OpenAI, service: Service, training_file: str) -> None:
@@ -175,6 +183,23 @@ def test_terminated_trainer_gives_its_job_back(client: OpenAI, service: Service,
     assert finished(client, job.id).status == "succeeded"
     steps = steps_reported(client, job.id)
     assert steps == list(range(1, 31))
+
+
+def test_jobs_train_side_by_side(client: OpenAI, service: Service, training_file: str) -> None:
+    """Three jobs submitted together run at the same time, and each publishes its own adapter."""
+    names = ["left", "middle", "right"]
+    ids = [
+        submit(client, training_file, name, lora={"r": r}, training={"max_steps": 12}).id
+        for name, r in zip(names, (2, 4, 8), strict=True)
+    ]
+
+    def all_at_work() -> bool:
+        return all(client.fine_tuning.jobs.retrieve(i).status == "running" and steps_reported(client, i) for i in ids)
+
+    wait_for("three jobs under way", all_at_work, timeout_s=120)
+
+    assert [finished(client, i).status for i in ids] == ["succeeded"] * 3
+    assert len({weights_of(service, name) for name in names}) == 3
 
 
 def test_stopped_trainer_cannot_publish_twice(client: OpenAI, service: Service, training_file: str) -> None:
