@@ -38,8 +38,8 @@ class Endpoint:
     handler: Callable[..., BaseModel | Response]
     body: type[BaseModel] | None
     query: type[BaseModel]
-    answer: type[BaseModel] | None
-    """The JSON answer; None if only `media` are answered."""
+    answers: tuple[type[BaseModel], ...]
+    """The JSON answers; none if only `media` are answered."""
     media: Mapping[str, str] = field(default_factory=dict)
     """Other content types that may be answered, each with what it holds."""
     form: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +101,7 @@ def endpoint(
         hints = get_type_hints(handler)
         return Endpoint(
             method, path, scope, handler,
-            body=hints.get("body"), query=hints.get("query", Query), answer=_model_of(hints["return"]),
+            body=hints.get("body"), query=hints.get("query", Query), answers=_models_of(hints["return"]),
             media=media or {}, form=form or {}, body_bytes=body_bytes, statuses=statuses,
         )  # fmt: skip
 
@@ -134,8 +134,6 @@ def json_response(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), mimetype="application/json")
 
 
-def _model_of(hint: object) -> type[BaseModel] | None:
-    for candidate in get_args(hint) or (hint,):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _models_of(hint: object) -> tuple[type[BaseModel], ...]:
+    """The models of an annotation, which may be a union with Response."""
+    return tuple(one for one in get_args(hint) or (hint,) if isinstance(one, type) and issubclass(one, BaseModel))

@@ -5,7 +5,9 @@ from flask import Request, Response
 from api.call import Call
 from api.downloads import send
 from api.endpoint import endpoint
+from api.inspection import named_base, token_report
 from api.multipart import Form, Readable, read_form
+from api.schemas.estimates import ReportQuery
 from api.schemas.files import FileListQuery, FileName, FileObject, FileReport, FileUpload
 from api.schemas.wire import Deleted, Listed
 from api.validate import validated
@@ -54,10 +56,12 @@ def retrieve(call: Call, file_id: str) -> FileObject:
 
 
 @endpoint("GET /v1/files/<file_id>/report", scope="files:read")
-def report(call: Call, file_id: str) -> FileReport:
-    """What the check of a data set found: format, number of samples, problems by line."""
+def report(call: Call, file_id: str, query: ReportQuery) -> FileReport:
+    """What the check of a data set found: format, number of samples, problems by line; with `model`, its tokens too."""
     with call.read() as tx:
-        return FileReport.of(files.get(tx, call.tenant, file_id))
+        file = files.get(tx, call.tenant, file_id)
+        base = named_base(tx, query.model) if query.model else None
+    return FileReport.of(file, token_report(call, file, base, query) if base else None)
 
 
 @endpoint(

@@ -87,8 +87,8 @@ def _request_body(one: Endpoint) -> dict[str, Any]:
 
 def _responses(one: Endpoint) -> dict[str, Any]:
     content: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in one.media}
-    if one.answer is not None:
-        content["application/json"] = {"schema": PydanticSchema(schema_class=one.answer)}
+    if schemas := [PydanticSchema(schema_class=model) for model in one.answers]:
+        content["application/json"] = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}
     error = {"application/json": {"schema": PydanticSchema(schema_class=ErrorBody)}}
     good: dict[str, Any] = {str(status): {"description": "", "content": content} for status in one.statuses}
     return good | {"default": {"description": "An error.", "content": error}}

@@ -126,8 +126,8 @@ def _talk(one: Endpoint) -> Iterator[str]:
         yield text
     if one.body is not None:
         yield f"Body: {one.body.__name__}."
-    if one.answer is not None:
-        yield f"Answers {_shown(one.answer)}."
+    if one.answers:
+        yield f"Answers {' or '.join(map(_shown, one.answers))}."
     for kind, text in one.media.items():
         yield f"Answers `{kind}`: {text}."
 
@@ -135,7 +135,7 @@ def _talk(one: Endpoint) -> Iterator[str]:
 def _bodies(endpoints: list[Endpoint]) -> list[type[BaseModel]]:
     """All models of bodies and answers, each before those that it is made of."""
     found: dict[type[BaseModel], None] = {}
-    todo = [model for one in endpoints for model in (one.body, one.answer) if model is not None]
+    todo = [model for one in endpoints for model in (one.body, *one.answers) if model is not None]
     while todo:
         model = todo.pop(0)
         if model not in found:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from api.schemas.estimates import TokenReport
 from api.schemas.wire import Out, PageSize, Query, stored_text
 from shared import limits
 from shared.tables import File
@@ -61,13 +62,17 @@ class FileObject(Out):
 
 
 class FileReport(Out):
-    """What the check of a data set found, line by line."""
+    """What the check of a data set found, line by line.
+
+    `tokens` is null unless a model was asked about and the file can be trained on.
+    """
 
     object: Literal["file.report"] = "file.report"
     id: str
     status: Literal["uploaded", "processed", "error"]
     report: dict[str, Any] | None
+    tokens: TokenReport | None
 
     @classmethod
-    def of(cls, row: File) -> "FileReport":
-        return cls.model_validate({"id": row.id, "status": row.status, "report": row.report})
+    def of(cls, row: File, tokens: TokenReport | None) -> "FileReport":
+        return cls.model_validate({"id": row.id, "status": row.status, "report": row.report, "tokens": tokens})

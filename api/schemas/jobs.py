@@ -78,7 +78,8 @@ class JobRequest(In):
 
     `suffix` names the adapter; without it a name like lora-0123456789ab is made up. A missing `seed` is drawn and kept.
     `lora.target_modules` defaults to q_proj and v_proj where the model has them, else to 'attention'. The keys of
-    `lora.rank_pattern` and `lora.alpha_pattern` must match modules that are adapted.
+    `lora.rank_pattern` and `lora.alpha_pattern` must match modules that are adapted. `dry_run` answers with an
+    estimate and creates nothing.
     """
 
     model: ModelName
@@ -94,6 +95,7 @@ class JobRequest(In):
     lora: LoraSpec = LoraSpec()
     training: Training = Training()
     priority: Annotated[int, Field(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] = 0
+    dry_run: bool = False
 
 
 MAX_WAIT_S = 30

@@ -25,6 +25,7 @@ from shared.jobs.queries import (
     list_page,
     newest_checkpoints,
     queue_position,
+    recent_tokens_per_second,
 )
 from shared.jobs.sweep import Swept, mark_rung, sweep
 
@@ -48,6 +49,7 @@ __all__ = [
     "newest_checkpoints",
     "published_version",
     "queue_position",
+    "recent_tokens_per_second",
     "record_checkpoint",
     "request_cancel",
     "request_pause",

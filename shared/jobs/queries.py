@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Final
 
 from sqlalchemy import ColumnElement, String, and_, bindparam, cast, func, or_, select, tuple_
@@ -88,6 +89,23 @@ def queue_position(tx: Tx, job: Job) -> int | None:
     return (tx.scalar(ahead) or 0) + 1
 
 
+def recent_tokens_per_second(tx: Tx, base_model_id: str) -> float | None:
+    """The median speed, in tokens/s, of the last steps of recent jobs on this base model; None before any succeeded.
+
+    Over all tenants: it tells nothing of a job, only what the trainers here can do.
+    """
+    done = select(Job.id).where(Job.base_model_id == base_model_id, Job.state == JobState.SUCCEEDED)
+    speeds: list[float] = []
+    for job_id in tx.scalars(done.order_by(Job.finished_at.desc()).limit(_RECENT_JOBS)).all():
+        metrics = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics")
+        for data in tx.scalars(metrics.order_by(JobEvent.seq.desc()).limit(_RECENT_STEPS)):
+            if data and isinstance(speed := data.get("tokens_per_second"), int | float) and speed > 0:
+                speeds.append(float(speed))
+    return median(speeds) if speeds else None
+
+
+_RECENT_JOBS: Final = 5
+_RECENT_STEPS: Final = 50
 _CHECKPOINT_ORDER: Final = (Checkpoint.step, Checkpoint.fence)
 
 
