@@ -68,7 +68,7 @@ def test_depth_32_is_accepted_33_not() -> None:
     [
         ({"tenant_id": "x"}, "tenant_id"),
         ({"state": "succeeded"}, "state"),
-        ({"dry_run": True}, "dry_run"),
+        ({"dry_run": 1}, "dry_run"),
         ({"lora": {"rank": 8}}, "lora.rank"),
         ({"lora": {"r": 0}}, "lora.r"),
         ({"lora": {"r": 257}}, "lora.r"),
