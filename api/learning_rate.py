@@ -15,7 +15,7 @@ def auto_learning_rate(num_parameters: int, total_steps: int) -> float:
     - LoRA wants about 10 times the rate of full fine-tuning, nearly whatever its rank, since s = alpha / r makes up
       for that: 5e-4 is 10 times 5e-5.
     - Larger models want less: the fit over Llama and Qwen is (2000 / H)^0.78 for a hidden size H, and N grows with
-      about H^3. This form differs from that one by at most 5 % from 1 to 70 billion parameters.
+      about H^3. This form differs from that one by at most 10 % from 1 to 70 billion parameters.
     - In runs of fewer than 100 steps the factor over full fine-tuning is about 15 rather than 10: B starts at zero.
     - Below 1e8 parameters nobody has measured, so smaller models count as 1e8.
 
