@@ -9,9 +9,11 @@ from typing import Any
 import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from shared import limits
 from shared.cli.client_chat import Question, ask_once, converse
 from shared.cli.client_output import Output
 from shared.cli.client_pull import RemoteFile, files_of, find_version, pull
+from shared.cli.client_report import file_id_of, report, show_estimate
 from shared.cli.client_train import job_settings, training_options
 from shared.cli.client_usage import OneLineCommand
 from shared.cli.client_watch import display_for, follow, job_path
@@ -62,7 +64,10 @@ def _client_command(name: str) -> Callable[[Callable[..., None]], click.Command]
 @click.option("--name", "adapter", required=True, help="The adapter's name; training it again makes its next version.")
 @training_options
 @click.option("--detach", is_flag=True, help="Return as soon as the job is queued.")
-def train(service: Service, out: Output, *, file: Path, base: str, adapter: str, detach: bool, **settings: Any) -> None:
+@click.option("--dry-run", is_flag=True, help="Upload and estimate: steps, tokens, memory, time. No job is made.")
+def train(
+    service: Service, out: Output, *, file: Path, base: str, adapter: str, detach: bool, dry_run: bool, **settings: Any
+) -> None:
     """Train an adapter on FILE: upload it, submit the job and watch it.
 
     Ctrl-C stops the watching, not the job.
@@ -71,12 +76,31 @@ def train(service: Service, out: Output, *, file: Path, base: str, adapter: str,
     for param, data in {"training_file": file, "validation_file": settings["validation"]}.items():
         if data is not None:
             body[param] = _upload(service, data)
+    if dry_run:
+        show_estimate(out, service.post("/fine_tuning/jobs", body | {"dry_run": True}))
+        return
     job = service.post("/fine_tuning/jobs", body, idempotency_key=new_idempotency_key())
     if detach:
         out.record(job, f"{job['id']} is {job['status']}; watch it with: lorad watch {job['id']}")
         return
     out.record(job, f"job {job['id']}")
     _watch(service, out, job["id"], history=None)
+
+
+@_client_command("report")
+@click.argument("file_or_id", metavar="FILE_OR_ID")
+@click.option("--base", help="Show the tokens that training on this base model would see, too.")
+@click.option("--max-seq-len", type=click.IntRange(8, limits.MAX_SEQ_LEN), help="Cut samples at so many tokens.")
+def report_command(
+    service: Service, out: Output, *, file_or_id: str, base: str | None, max_seq_len: int | None
+) -> None:
+    """Check a data set: a local FILE, which is uploaded, or the ID of one that was.
+
+    Shows what is wrong with its lines and, with --base, what training would see of it.
+    """
+    if max_seq_len is not None and base is None:
+        raise click.UsageError("--max-seq-len counts tokens: it needs --base")
+    report(service, out, file_id_of(service, file_or_id), base=base, max_seq_len=max_seq_len)
 
 
 @_client_command("watch")

@@ -61,6 +61,10 @@ class ContractServer:
         """An ETag to serve instead of the true one."""
         self.answer = ["Half", " of", " it nya~"]
         self.break_stream = False
+        self.line_report: Json = {}
+        self.token_report: Json | None = None
+        """What `/report` answers with a model; None is answered as a file that has no tokens."""
+        self.estimate: Json = {}
         self._keys: dict[str, Json] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
@@ -151,6 +155,8 @@ def _handler(server: ContractServer) -> type[BaseHTTPRequestHandler]:
             match path.split("/")[1:]:
                 case ["files"]:
                     self._json(200, self._upload(body))
+                case ["fine_tuning", "jobs"] if json.loads(body).get("dry_run"):
+                    self._json(200, server.estimate)
                 case ["fine_tuning", "jobs"]:
                     self._json(200, server.create_job(json.loads(body), self.headers.get("Idempotency-Key")))
                 case ["fine_tuning", "jobs", job_id, "cancel"] if job_id in server.jobs:
@@ -170,6 +176,9 @@ def _handler(server: ContractServer) -> type[BaseHTTPRequestHandler]:
                     self._json(200, server.job(job_id))
                 case ["fine_tuning", "jobs", job_id, "events"] if job_id in server.jobs:
                     self._json(200, page(server.script.events[::-1], query))
+                case ["files", file_id, "report"]:
+                    tokens = server.token_report if "model" in query else None
+                    self._json(200, {"id": file_id, "status": "processed", "tokens": tokens} | server.line_report)
                 case ["adapters", "nya", "versions", "latest" | "1"]:
                     self._json(200, self._version())
                 case ["adapters", "nya", "versions", "1", "files", name] if name in server.adapter_files:
