@@ -121,7 +121,7 @@ class Inspector:
             valid_id = request.validation_file_id
             valid_file = None if valid_id is None else files.get(tx, request.tenant, valid_id)
         base, spec = self._base(row), request.spec
-        trainable = memory.trainable_parameters(base.hollow, spec)
+        adapter = memory.AdapterSizes.of(base.hollow, spec.lora)
         train = self._tokens(row, base, train_file, spec, between_samples)
         valid: TokenisedDataset | None = None
         if valid_file is not None:
@@ -142,10 +142,10 @@ class Inspector:
             num_label_tokens_per_epoch=train.report.num_label_tokens,
             num_tokens=ahead.num_tokens,
             num_label_tokens=ahead.num_label_tokens,
-            trainable_parameters=trainable,
+            trainable_parameters=adapter.num_parameters,
             memory_bytes=memory.training_bytes(
                 base.sizes,
-                trainable=trainable,
+                adapter,
                 dtype=choose_dtype(choose_device(settings.device), settings.dtype),
                 longest=train.report.longest,
                 batch_size=min(spec.batch_size, len(train)),
