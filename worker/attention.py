@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from worker.kernels.attention import LONGEST, segment_attention
+
 NAME: Final = "lorad"
 """What to give a model as `attn_implementation`; importing this module registers it."""
 
@@ -85,13 +87,26 @@ def _attention(
             f"the segments cover one row of {packing.bounds[-1]} tokens; "
             f"there are {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
         )
+
+    def window_of(length: int) -> torch.Tensor | None:
+        if sliding_window is None or length <= sliding_window:
+            return None
+        return packing.window_mask(length, sliding_window, query.device)
+
+    # A GPU has fused attention with a fast backward; a soft cap or dropout goes step by step.
+    longest = LONGEST if query.device.type == "cpu" and softcap is None and not dropout else 0
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if max(end - start for start, end in pairwise(packing.bounds)) <= longest:
+        return segment_attention(query, key, value, packing.bounds, scale, window_of), None
     parts = []
     for start, end in pairwise(packing.bounds):
-        mask_QK = None
-        if sliding_window is not None and end - start > sliding_window:
-            mask_QK = packing.window_mask(end - start, sliding_window, query.device)[None, None]
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        parts.append(_attend(module, q, k, v, mask_QK, dropout, scaling, True, softcap))
+        if end - start <= longest:
+            parts.append(segment_attention(q, k, v, (0, end - start), scale, window_of))
+        else:
+            window_QK = window_of(end - start)
+            mask = None if window_QK is None else window_QK[None, None]
+            parts.append(_attend(module, q, k, v, mask, dropout, scaling, True, softcap))
     return torch.cat(parts, dim=1), None
 
 
