@@ -144,8 +144,10 @@ def main() -> None:
     database, layout = db.open_engine(settings.database_url), Layout(settings.data_dir)
     trainer = Trainer(settings, database, layout)
     app.task(name=TRAIN_TASK)(trainer.answer_doorbell)
-    app.task(name=INSPECT_TASK)(Inspector(settings, database, layout).answer)
+    inspector = Inspector(settings, database, layout)
+    app.task(name=INSPECT_TASK)(inspector.answer)
     worker_shutting_down.connect(lambda **_: trainer.stop(), weak=False)
+    worker_shutting_down.connect(lambda **_: inspector.stop(), weak=False)
     pulse.watch(trainer.pulses, floor_s=settings.hung_s, on_hung=_give_up)
     # One thread more than slots, so that questions about data are answered while jobs train.
     run_worker(app, queues=[TRAIN_QUEUE, INSPECT_QUEUE], threads=settings.train_slots + 1)
