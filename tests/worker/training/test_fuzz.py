@@ -202,9 +202,12 @@ def test_damaged_files(llama_base: BaseModel, engine_for: Callable[..., Training
     engine = engine_for(llama_base, max_tokens=600)
     spec = TrainSpec(lora=LoraSpec(r=2), max_steps=2, batch_size=2)
     endings: Counter[str] = Counter()
-    for seed in range(NUM_FILES):
+    first, *rest = lines("text")
+    contents = [file_content(seed) for seed in range(NUM_FILES)]
+    contents += [b"\n".join([first, odd, *rest]) for odd in ODD_LINES]  # each of them at least once
+    for seed, content in enumerate(contents):
         path = tmp_path / f"{seed}.jsonl"
-        path.write_bytes(file_content(seed))
+        path.write_bytes(content)
         report = check_file(path)
         told = json.loads(json.dumps(report.to_json()))
         end = ending(engine, spec, path, tmp_path / f"file-{seed}")
