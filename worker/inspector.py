@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 from shared import db
 from shared.answers import AnswerWriter
 from shared.config import Settings
-from shared.errors import InvalidRequest, InvalidTrainingFile, LoradError, QueueFull, Unavailable
+from shared.errors import InvalidRequest, LoradError, QueueFull, Unavailable
 from shared.queue import Queue, received_inspection
 from shared.specs import ChunkError, Foreseen, Inspection, InspectionRequest, TrainSpec
 from shared.store import base_models, files
@@ -28,8 +28,9 @@ from shared.store.layout import Layout
 from shared.tables import BaseModelRow, File
 from worker.base_model import choose_device, choose_dtype, context_length, hollow_model, load_tokenizer, read_config
 from worker.training import memory
-from worker.training.dataset import TokenisedDataset, Tokeniser, split
+from worker.training.dataset import TokenisedDataset, Tokeniser
 from worker.training.forecast import forecast
+from worker.training.preparation import train_and_valid
 
 log = logging.getLogger("lorad.inspector")
 
@@ -122,15 +123,11 @@ class Inspector:
             valid_file = None if valid_id is None else files.get(tx, request.tenant, valid_id)
         base, spec = self._base(row), request.spec
         adapter = memory.AdapterSizes.of(base.hollow, spec.lora)
-        train = self._tokens(row, base, train_file, spec, between_samples)
-        valid: TokenisedDataset | None = None
-        if valid_file is not None:
-            try:
-                valid = self._tokens(row, base, valid_file, spec, between_samples)
-            except InvalidTrainingFile as error:
-                raise InvalidTrainingFile(f"validation file: {error.message}", param="validation_file") from error
-        elif spec.validation_split is not None:
-            train, valid = split(train, share=spec.validation_split, seed=spec.seed)
+        train, valid = train_and_valid(
+            lambda: self._tokens(row, base, train_file, spec, between_samples),
+            None if valid_file is None else lambda: self._tokens(row, base, valid_file, spec, between_samples),
+            spec,
+        )
         ahead = forecast(train, spec)
         settings = self._settings
         return Foreseen(

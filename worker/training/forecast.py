@@ -16,10 +16,15 @@ class Forecast:
     num_label_tokens: int
 
 
-def forecast(data: TokenisedDataset, spec: TrainSpec) -> Forecast:
-    """What the training engine does with this data: batches of an epoch's order, `max_steps` before `n_epochs`."""
+def num_steps(data: TokenisedDataset, spec: TrainSpec) -> tuple[int, int]:
+    """(steps of one epoch, the last of which may have fewer samples; steps in all: `max_steps` before `n_epochs`)."""
     steps_per_epoch = -(-len(data) // spec.batch_size)
-    total_steps = spec.max_steps or spec.n_epochs * steps_per_epoch
+    return steps_per_epoch, spec.max_steps or spec.n_epochs * steps_per_epoch
+
+
+def forecast(data: TokenisedDataset, spec: TrainSpec) -> Forecast:
+    """What the training engine does with this data, batch by batch in each epoch's order."""
+    steps_per_epoch, total_steps = num_steps(data, spec)
     whole_epochs, steps_left = divmod(total_steps, steps_per_epoch)
     rest = epoch_order(len(data), seed=spec.seed, epoch=whole_epochs)[: steps_left * spec.batch_size]
     return Forecast(

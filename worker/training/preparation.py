@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.errors import InvalidTrainingFile
+from shared.specs import TrainSpec
 from worker.base_model import BaseModel
-from worker.training import dataset
-from worker.training.dataset import TokenisedDataset, Tokeniser
+from worker.training.dataset import TokenisedDataset, Tokeniser, split
 from worker.training.job import Level, TrainingJob
 
 
@@ -26,22 +26,32 @@ def prepare(job: TrainingJob, base: BaseModel, *, between_samples: Callable[[], 
     Raises InvalidTrainingFile: a bad line, or nothing to learn. `between_samples` is called again and again and may
     raise to end the reading. Safe on any thread: a tokenizer must not be used by two, so this takes a copy.
     """
-    tokeniser = Tokeniser(
-        copy.deepcopy(base.tokenizer), base.eos_token_ids, job.spec, longest=base.context_length
-    )  # fmt: skip
-    train = tokeniser.read(job.train_path, between_samples=between_samples)
-    valid: TokenisedDataset | None = None
-    if job.valid_path is not None:
-        try:
-            valid = tokeniser.read(job.valid_path, between_samples=between_samples)
-        except InvalidTrainingFile as error:
-            raise InvalidTrainingFile(f"validation file: {error.message}", param="validation_file") from error
-    elif job.spec.validation_split is not None:
-        train, valid = dataset.split(train, share=job.spec.validation_split, seed=job.spec.seed)
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokeniser = Tokeniser(tokenizer, base.eos_token_ids, job.spec, longest=base.context_length)
+    valid_path = job.valid_path
+    train, valid = train_and_valid(
+        lambda: tokeniser.read(job.train_path, between_samples=between_samples),
+        None if valid_path is None else lambda: tokeniser.read(valid_path, between_samples=between_samples),
+        job.spec,
+    )
     _report(job, "Training", train)
     if valid is not None:
         _report(job, "Validation", valid)
     return Prepared(job, train, valid)
+
+
+def train_and_valid(
+    read_train: Callable[[], TokenisedDataset], read_valid: Callable[[], TokenisedDataset] | None, spec: TrainSpec
+) -> tuple[TokenisedDataset, TokenisedDataset | None]:
+    """What is trained on, and what it is evaluated on: the validation file, a split of the training file, or None."""
+    train = read_train()
+    if read_valid is None:
+        share = spec.validation_split
+        return (train, None) if share is None else split(train, share=share, seed=spec.seed)
+    try:
+        return train, read_valid()
+    except InvalidTrainingFile as error:
+        raise InvalidTrainingFile(f"validation file: {error.message}", param="validation_file") from error
 
 
 def _report(job: TrainingJob, which: str, data: TokenisedDataset) -> None:

@@ -18,6 +18,7 @@ from worker.lora.spec import LoadedAdapter
 from worker.training.checkpoint import Checkpoint, Header, Position, newest_fitting
 from worker.training.dataset import epoch_order
 from worker.training.evaluation import Evaluation
+from worker.training.forecast import num_steps
 from worker.training.job import Json, TrainingResult
 from worker.training.loss import Score
 from worker.training.optimizer import AdapterOptimizer, learning_rate
@@ -48,8 +49,7 @@ class TrainingRun:
         self._base = base
         self._manager = manager
         self._train = prepared.train
-        self._steps_per_epoch = math.ceil(len(self._train) / self._spec.batch_size)
-        self.total_steps = self._spec.max_steps or self._spec.n_epochs * self._steps_per_epoch
+        self._steps_per_epoch, self.total_steps = num_steps(self._train, self._spec)
         self._order: tuple[int, list[int]] | None = None
         self._metrics: dict[str, Json] = {}
         self._position = Position()
