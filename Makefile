@@ -24,7 +24,7 @@ help:
 	@echo "make check   formatting, lint, types, import rules, installed packages"
 	@echo "make setup   only make $(VENV); PYTHON=python3.12 picks the interpreter"
 	@echo "make clean   remove environments and caches, never data"
-	@echo "make bench-train   training against PEFT and TRL, 25 minutes; QUICK=1, DATA=dir, ROUNDS=n, THREADS=n"
+	@echo "make bench-train   training against PEFT and TRL, 25 minutes; QUICK=1, DATA=dir, MINUTES=n, THREADS=n"
 
 setup: $(STAMP)
 
@@ -61,7 +61,7 @@ check: setup
 # The peers live in an environment of their own; what both have is pinned by the same file.
 bench-train: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python -m benchmarks.train $(if $(QUICK),--quick) $(if $(DATA),--data '$(DATA)') \
-		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(THREADS),--threads $(THREADS)) $(if $(ROWS),--rows $(ROWS))
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(THREADS),--threads $(THREADS)) $(if $(ROWS),--rows $(ROWS))
 
 $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements-train.txt benchmarks/constraints-train.txt
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -6,12 +6,14 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.train import data, publish, report
 from benchmarks.train.plan import QUICK, Plan, Section, sections
 from benchmarks.train.processes import ROOT
 from benchmarks.train.rounds import Bench, JobsResult, SectionResult
+
+MINUTES: Final = 25.0
 
 
 def main() -> None:
@@ -19,8 +21,8 @@ def main() -> None:
     plan = Plan(threads=min(2, os.cpu_count() or 1))
     if options.quick:
         plan = replace(plan, **QUICK)
-    given = {name: getattr(options, name) for name in ("threads", "rounds") if getattr(options, name)}
-    plan = replace(plan, **given)
+    if options.threads:
+        plan = replace(plan, threads=options.threads)
     problems = data.find(options.data, ROOT)
     work = ROOT / "build" / "bench-train"
     work.mkdir(parents=True, exist_ok=True)
@@ -31,15 +33,14 @@ def main() -> None:
         sys.exit(f"the data could not be prepared: {prepared['failed']}; see {bench.log.relative_to(ROOT)}")
     bench.say(f"prepared: {problems.name}")
     gemm = bench.run("gemm", budget_s=1.0)
-    results = [bench.measure_section(section) for section in _chosen(options, plan)]
-    jobs = None if options.no_jobs else _measure_jobs(bench, results)
+    results, jobs = bench.measure(_chosen(options), with_jobs=not options.no_jobs, minutes=options.minutes)
     gemm = _better(gemm, bench.run("gemm", budget_s=1.0))
 
     text = _markdown(options, plan, problems.name, prepared["config"], bench, gemm, results, jobs)
     wrong = [p for result in results for p in (*report.failures(result), *report.disagreements(result, plan))]
     wrong += report.job_disagreements(jobs, plan) if jobs else []
     record = {
-        "command": _command(),
+        "command": _command(options),
         "date": publish.today(),
         "processor": publish.processor(),
         "versions": publish.versions(),
@@ -68,19 +69,25 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench-train", description=__doc__)
     parser.add_argument("--data", type=Path, help=f"directory with {' and '.join(data.FILES)}")
     parser.add_argument("--quick", action="store_true", help="few steps, one round: does every row work?")
-    parser.add_argument("--rounds", type=int, help="repeats of each row")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="rounds are added as long as they should fit")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument("--no-jobs", action="store_true", help="leave the small jobs out")
     return parser.parse_args()
 
 
-def _command() -> str:
-    variables = {"--data": "DATA=dir", "--quick": "QUICK=1", "--rounds": "ROUNDS=n", "--threads": "THREADS=n"}
-    return " ".join(["make bench-train", *(text for option, text in variables.items() if option in sys.argv)])
+def _command(options: argparse.Namespace) -> str:
+    """As typed, but for the path of the data, which is a matter of the machine."""
+    given = {
+        "DATA=dir": options.data,
+        "QUICK=1": options.quick,
+        f"MINUTES={options.minutes:g}": options.minutes != MINUTES,
+        f"THREADS={options.threads}": options.threads,
+    }
+    return " ".join(["make bench-train", *(text for text, is_given in given.items() if is_given)])
 
 
-def _chosen(options: argparse.Namespace, plan: Plan) -> list[Section]:
+def _chosen(options: argparse.Namespace) -> list[Section]:
     chosen = [
         replace(section, rows=tuple(row for row in section.rows if not options.rows or row.name in options.rows))
         for section in sections(quick=options.quick)
@@ -89,18 +96,6 @@ def _chosen(options: argparse.Namespace, plan: Plan) -> list[Section]:
     if unknown := set(options.rows or []) - known:
         sys.exit(f"no such rows: {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
     return [section for section in chosen if section.rows]
-
-
-def _measure_jobs(bench: Bench, results: list[SectionResult]) -> JobsResult | None:
-    """PEFT as people write it and lorad, each in the dtype in which it was the faster."""
-    first = results[0]
-    peer = first.fastest(lambda row: row.program == "peft" and row.role == "as written")
-    ours = first.fastest(lambda row: row.role == "ours")
-    if peer is None or ours is None:
-        bench.say("small jobs are left out: no PEFT row as written, or none of ours, has a figure")
-        return None
-    assert not isinstance(first.section.targets, str)
-    return bench.measure_jobs(peer, ours, first.section.targets)
 
 
 def _better(first: report.Gemm, second: report.Gemm) -> report.Gemm:
@@ -118,12 +113,13 @@ def _markdown(
     results: list[SectionResult],
     jobs: JobsResult | None,
 ) -> str:
+    num_rounds = max(len(answers) for result in results for answers in result.answers.values())
     installed = ", ".join(f"{name} {version}" for name, version in publish.versions().items())
     parts = [
-        f"`{_command()}`, {publish.today()}, {publish.processor()}, {plan.threads} threads; {installed}.",
+        f"`{_command(options)}`, {publish.today()}, {publish.processor()}, {plan.threads} threads; {installed}.",
         f"Data: {data_name}. Batch {plan.batch_size}, r {plan.r}, alpha {plan.alpha}, learning rate "
-        f"{plan.learning_rate:g} falling linearly, {plan.warmup_steps} steps of warm-up and {plan.timed_steps} timed "
-        f"ones, {plan.rounds} rounds. Figures are medians over rounds, with the range in brackets.",
+        f"{plan.learning_rate:g} falling linearly, steps of warm-up: {plan.warmup_steps}, timed: {plan.timed_steps}"
+        f"; rounds: {num_rounds}. Figures are medians over rounds, with the range in brackets.",
         f"The machine's matrix products: {_gemm(gemm)}.",
     ]
     samples = data.read_tokens(bench.work, "train")

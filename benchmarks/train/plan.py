@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 Program = Literal["peft", "trl", "ours"]
 Role = Literal["as written", "tuned", "ours"]
 Dtype = Literal["float32", "bfloat16"]
+Targets = str | list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,20 +14,20 @@ class Plan:
     """The sizes of a run. One optimizer step sees `batch_size` samples; steps before `warmup_steps` are not timed."""
 
     threads: int = 2
-    rounds: int = 3
-    warmup_steps: int = 2
-    timed_steps: int = 4
+    rounds: int = 5
+    """At most; as many as the time allows."""
+    warmup_steps: int = 1
+    timed_steps: int = 3
     batch_size: int = 8
     learning_rate: float = 1e-3
     r: int = 8
     alpha: int = 16
     seed: int = 7
-    num_valid: int = 40
+    num_valid: int = 32
     """Validation samples that the common evaluator scores."""
     tolerance: float = 0.02
     """Nats per label token by which a row's final validation loss may differ from the median of its section."""
     jobs: int = 8
-    job_rounds: int = 2
     job_samples: int = 16
     job_batch_size: int = 2
     job_valid: int = 16
@@ -55,7 +56,7 @@ class Plan:
 
 
 QUICK: Final[dict[str, int]] = {
-    "rounds": 1, "warmup_steps": 1, "timed_steps": 2, "num_valid": 16, "jobs": 4, "job_rounds": 1, "job_samples": 8,
+    "rounds": 1, "warmup_steps": 1, "timed_steps": 2, "num_valid": 16, "jobs": 4, "job_samples": 8,
 }  # fmt: skip
 """Enough to see that every row works; too little to quote."""
 
@@ -159,7 +160,7 @@ class Section:
     """A choice of target modules, and the rows that are run on it."""
 
     name: str
-    targets: str | list[str]
+    targets: Targets
     rows: tuple[Row, ...]
 
 

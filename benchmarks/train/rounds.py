@@ -1,18 +1,19 @@
-"""The order of measurements: rounds over all rows in turn, then small jobs, then the judge."""
+"""The order of measurements: rounds over all rows and the small jobs in turn; the judge after the first."""
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
-from benchmarks.train.plan import Plan, Row, Section
+from benchmarks.train.plan import Plan, Row, Section, Targets
 from benchmarks.train.processes import measure
 
 Answers = dict[str, list[dict[str, Any]]]
 """Row -> its answers, round by round."""
+ADAPTER_FILE: Final = "adapter_model.safetensors"
 
 
 @dataclass
@@ -55,6 +56,17 @@ class JobsResult:
     losses: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
+    def tables(self) -> tuple[dict[int, list[float | None]], ...]:
+        """All makespans."""
+        return (
+            self.at_once,
+            self.at_once_loaded,
+            self.one_by_one,
+            self.one_by_one_loaded,
+            self.peer_serial,
+            self.peer_serial_loaded,
+        )
+
 
 class Bench:
     """One benchmark run over prepared data. Prints a line for each process that ends."""
@@ -74,51 +86,73 @@ class Bench:
         return measure(kind, request, threads=self.plan.threads, log=self.log)
 
     def say(self, text: str) -> None:
-        minutes, seconds = divmod(int(time.perf_counter() - self._started_s), 60)
+        minutes, seconds = divmod(int(self._elapsed_s()), 60)
         print(f"{minutes:3d}:{seconds:02d}  {text}", flush=True)
 
-    def measure_section(self, section: Section) -> SectionResult:
-        """All rounds of one section, then the losses of the first round's adapters."""
-        result = SectionResult(section, {row.name: [] for row in section.rows})
-        saved: dict[str, str] = {}
+    def measure(
+        self, sections: Sequence[Section], *, with_jobs: bool, minutes: float
+    ) -> tuple[list[SectionResult], JobsResult | None]:
+        """At least one round of everything; another one as long as it should fit into `minutes`, up to the plan's.
+
+        The adapters of the first round are judged right after it: the same seed gives the same ones again.
+        """
+        results = [SectionResult(section, {row.name: [] for row in section.rows}) for section in sections]
+        jobs: JobsResult | None = None
         for number in range(1, self.plan.rounds + 1):
-            for row in section.rows:
-                adapter = self.adapters / section.name / f"{row.name}-{number}" / "adapter"
-                adapter.parent.mkdir(parents=True)
-                answer = self.run(
-                    f"{row.program}-row", row=row.to_json(), targets=section.targets, adapter=str(adapter)
-                )
-                result.answers[row.name].append(answer)
-                self.say(f"{section.name}, round {number}, {row.name}: {_in_short(answer)}")
-                if (adapter / "adapter_model.safetensors").is_file():
-                    saved.setdefault(row.name, str(adapter))
-        result.losses = self._losses(saved, self.plan.num_valid)
-        self.say(f"{section.name}: validation losses {_rounded(result.losses)}")
-        return result
+            started_s = self._elapsed_s()
+            for result in results:
+                self._round_of_rows(result, number)
+            if number == 1 and with_jobs:
+                jobs = self._choose_job_rows(results[0])
+            if jobs is not None:
+                self._round_of_jobs(jobs, number, results[0].section.targets)
+            round_s = self._elapsed_s() - started_s
+            if number == 1:
+                self._judge(results, jobs)
+            if self._elapsed_s() + round_s > 60 * minutes:
+                break
+        return results, jobs
 
-    def measure_jobs(self, peer: Row, ours: Row, targets: list[str]) -> JobsResult:
-        """Small jobs at once in one engine, one after the other in one engine, and as PEFT processes one by one."""
+    def _round_of_rows(self, result: SectionResult, number: int) -> None:
+        for row in result.section.rows:
+            adapter = self._row_adapter(result.section, row, number)
+            adapter.parent.mkdir(parents=True)
+            answer = self.run(
+                f"{row.program}-row", row=row.to_json(), targets=result.section.targets, adapter=str(adapter)
+            )
+            result.answers[row.name].append(answer)
+            self.say(f"{result.section.name}, round {number}, {row.name}: {_in_short(answer)}")
+
+    def _choose_job_rows(self, first: SectionResult) -> JobsResult | None:
+        """PEFT as people write it and lorad, each in the dtype in which it was the faster."""
+        peer = first.fastest(lambda row: row.program == "peft" and row.role == "as written")
+        ours = first.fastest(lambda row: row.role == "ours")
+        if peer is None or ours is None:
+            self.say("small jobs are left out: no PEFT row as written, or none of ours, has a figure")
+            return None
         result = JobsResult(peer, ours)
-        counts = self.plan.job_counts
-        for table in (result.at_once, result.at_once_loaded, result.one_by_one, result.one_by_one_loaded):
-            table.update({n: [] for n in counts})
-        for table in (result.peer_serial, result.peer_serial_loaded):
-            table.update({n: [] for n in counts})
-        for number in range(1, self.plan.job_rounds + 1):
-            self._jobs_at_once(result, number, targets)
-            self._jobs_one_by_one(result, number, targets)
-            self._jobs_of_peer(result, number, targets)
-        saved = {
-            f"{program}/job-{job}": str(path)
-            for program in ("at-once", "peer")
-            for job in range(self.plan.jobs)
-            if (path := self._job_adapters(program, 1) / f"job-{job}").is_dir()
-        }
-        result.losses = self._losses(saved, self.plan.job_valid)
-        self.say(f"small jobs: validation losses {_rounded(result.losses)}")
+        for table in result.tables():
+            table.update({n: [] for n in self.plan.job_counts})
         return result
 
-    def _jobs_at_once(self, result: JobsResult, number: int, targets: list[str]) -> None:
+    def _round_of_jobs(self, result: JobsResult, number: int, targets: Targets) -> None:
+        """Small jobs at once in one engine, one after the other in one engine, and as PEFT processes one by one."""
+        self._jobs_at_once(result, number, targets)
+        self._jobs_one_by_one(result, number, targets)
+        self._jobs_of_peer(result, number, targets)
+
+    def _judge(self, results: Sequence[SectionResult], jobs: JobsResult | None) -> None:
+        for result in results:
+            places = {row.name: self._row_adapter(result.section, row, 1) for row in result.section.rows}
+            result.losses = self._losses(places, self.plan.num_valid)
+            self.say(f"{result.section.name}: validation losses {_rounded(result.losses)}")
+        if jobs is not None:
+            programs, numbers = ("at-once", "peer"), range(self.plan.jobs)
+            places = {f"{p}/job-{job}": self._job_adapters(p, 1) / f"job-{job}" for p in programs for job in numbers}
+            jobs.losses = self._losses(places, self.plan.job_valid)
+            self.say(f"small jobs: validation losses {_rounded(jobs.losses)}")
+
+    def _jobs_at_once(self, result: JobsResult, number: int, targets: Targets) -> None:
         for n in result.at_once:
             directory = self._job_adapters("at-once" if n == self.plan.jobs else f"at-once-{n}", number)
             answer = self._ours(result, directory, targets, n, at_once=True)
@@ -128,7 +162,7 @@ class Bench:
             self._note(result, "at once", answer)
             self.say(f"jobs, round {number}, {n} at once: {_makespan(answer)}")
 
-    def _jobs_one_by_one(self, result: JobsResult, number: int, targets: list[str]) -> None:
+    def _jobs_one_by_one(self, result: JobsResult, number: int, targets: Targets) -> None:
         """Prefixes of one run of all jobs are the runs of fewer: a later job cannot touch an earlier one's time."""
         answer = self._ours(result, self._job_adapters("serial", number), targets, self.plan.jobs, at_once=False)
         seconds = answer.get("seconds")
@@ -139,7 +173,7 @@ class Bench:
         self._note(result, "one by one", answer)
         self.say(f"jobs, round {number}, {self.plan.jobs} one by one: {_makespan(answer)}")
 
-    def _jobs_of_peer(self, result: JobsResult, number: int, targets: list[str]) -> None:
+    def _jobs_of_peer(self, result: JobsResult, number: int, targets: Targets) -> None:
         walls: list[float | None] = []
         loaded: list[float | None] = []
         for job in range(self.plan.jobs):
@@ -155,7 +189,7 @@ class Bench:
             result.peer_serial_loaded[n].append(_sum(loaded[:n]))
 
     def _ours(
-        self, result: JobsResult, directory: Path, targets: list[str], jobs: int, *, at_once: bool
+        self, result: JobsResult, directory: Path, targets: Targets, jobs: int, *, at_once: bool
     ) -> dict[str, Any]:
         return self.run(
             "ours-jobs",
@@ -166,6 +200,12 @@ class Bench:
             at_once=at_once,
         )
 
+    def _elapsed_s(self) -> float:
+        return time.perf_counter() - self._started_s
+
+    def _row_adapter(self, section: Section, row: Row, number: int) -> Path:
+        return self.adapters / section.name / f"{row.name}-{number}" / "adapter"
+
     def _job_adapters(self, program: str, number: int) -> Path:
         return self.adapters / "jobs" / f"{program}-{number}"
 
@@ -175,7 +215,9 @@ class Bench:
         else:
             result.failures.append(f"{program}: {answer.get('failed') or answer.get('unavailable')}")
 
-    def _losses(self, adapters: dict[str, str], num_valid: int) -> dict[str, float]:
+    def _losses(self, places: dict[str, Path], num_valid: int) -> dict[str, float]:
+        """Of the base and of all adapters that were written."""
+        adapters = {name: str(path) for name, path in places.items() if (path / ADAPTER_FILE).is_file()}
         answer = self.run("evaluate", adapters=adapters, num_valid=num_valid)
         if "losses" not in answer:
             self.say(f"the evaluation failed: {answer}")

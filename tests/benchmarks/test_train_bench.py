@@ -113,6 +113,6 @@ def test_results_replace_what_stands_between_the_markers() -> None:
 
 def test_values_survive_the_way_to_a_child() -> None:
     """A plan and every row are the same after JSON."""
-    assert Plan(**Plan(rounds=5).to_json()) == Plan(rounds=5)
+    assert Plan(**Plan(rounds=9).to_json()) == Plan(rounds=9)
     for section in sections():
         assert [Row(**row.to_json()) for row in section.rows] == list(section.rows)
