@@ -5,7 +5,8 @@
         \"\"\"One file's metadata.\"\"\"
 
 A parameter `body` is the JSON body as the pydantic model of its annotation, `query` the query parameters, `request`
-Flask's request for what is neither; the others come from the path. The docstring is the documentation.
+Flask's request for what is neither, `attempt` what makes a POST that creates do it once; the others come from the
+path. The docstring is the documentation.
 """
 
 import inspect
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 from api import strict_json
 from api.auth import Gate, Scope
 from api.call import Call, Services
+from api.idempotency import Attempt
 from api.schemas.wire import In, Query
 from api.validate import read_query, validated
 from shared import limits
@@ -59,6 +61,11 @@ class Endpoint:
     def summary(self) -> str:
         return " ".join((self.handler.__doc__ or "").split())
 
+    @property
+    def creates_once(self) -> bool:
+        """True if the handler takes an `attempt`."""
+        return "attempt" in self._wanted
+
     def __call__(self, **path: str) -> Response:
         gate, services = current_app.extensions[EXTENSION]
         call = Call(gate.admit(request, self.scope), services)
@@ -68,6 +75,8 @@ class Endpoint:
         query = read_query(self.query, request.args)
         if "query" in self._wanted:
             inputs["query"] = query
+        if self.creates_once:
+            inputs["attempt"] = Attempt.of(request, f"{self.method} {self.path}")
         if "request" in self._wanted:
             inputs["request"] = request
         elif request.method not in ("GET", "HEAD", "DELETE"):

@@ -5,6 +5,7 @@ from flask import Request, Response
 from api.call import Call
 from api.downloads import send
 from api.endpoint import endpoint
+from api.idempotency import Attempt
 from api.inspection import named_base, token_report
 from api.multipart import Form, Readable, read_form
 from api.schemas.estimates import ReportQuery
@@ -12,6 +13,7 @@ from api.schemas.files import FileListQuery, FileName, FileObject, FileReport, F
 from api.schemas.wire import Deleted, Listed
 from api.validate import validated
 from shared import data_format, limits
+from shared.db import Tx
 from shared.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from shared.store import files
 from shared.store.files import Received
@@ -25,13 +27,13 @@ _FORM_BYTES = limits.DATASET_BYTES + (1 << 20)
     scope="files:write",
     form={"purpose": "'fine-tune'", "file": f"the data set, up to {limits.DATASET_BYTES >> 20} MiB"},
 )
-def create(call: Call, request: Request) -> FileObject:
+def create(call: Call, request: Request, attempt: Attempt) -> FileObject | Response:
     """Upload a data set. It is checked at once: see `status`, `status_details` and the report."""
     form: Form[Received] = Form()
     try:
         _receive(call, request, form)
         filename, received = _checked(form)
-        return FileObject.of(_store(call, received, filename))
+        return _store(call, attempt, received, filename)
     finally:
         for _, received in form.files.values():
             received.discard()
@@ -109,13 +111,17 @@ def _checked(form: Form[Received]) -> tuple[str, Received]:
     return form.files["file"]
 
 
-def _store(call: Call, received: Received, filename: str) -> File:
+def _store(call: Call, attempt: Attempt, received: Received, filename: str) -> FileObject | Response:
     report = data_format.check_file(received.path)
-    with call.write() as tx:
-        return files.add(
+
+    def add(tx: Tx) -> FileObject:
+        row = files.add(
             tx, call.layout, received,
             tenant=call.tenant, purpose="fine-tune", filename=filename,
             status="processed" if report.is_valid else "error",
             status_details=None if report.is_valid else str(report.problems[0]),
             report=report.to_json(),
         )  # fmt: skip
+        return FileObject.of(row)
+
+    return attempt.once(call, {"purpose": "fine-tune", "filename": filename, "sha256": received.sha256}, add)

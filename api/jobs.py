@@ -5,6 +5,7 @@ from flask import Request, Response
 from api import follow, sse
 from api.call import Call
 from api.endpoint import endpoint
+from api.idempotency import Attempt
 from api.inspection import estimate
 from api.schemas.estimates import JobEstimate
 from api.schemas.job_views import CheckpointObject, FineTuningJob, JobEventObject
@@ -18,14 +19,17 @@ from shared.tables import Job, JobState
 
 
 @endpoint("POST /v1/fine_tuning/jobs", scope="jobs:write")
-def create(call: Call, body: JobRequest) -> FineTuningJob | JobEstimate:
+def create(call: Call, body: JobRequest, attempt: Attempt) -> FineTuningJob | JobEstimate | Response:
     """Queue a training job. It is kept before anyone is told of it, so it survives whatever is down.
     With `dry_run` nothing is queued: a trainer reads the data, and the answer says what the job would be."""
     if body.dry_run:
         return estimate(call, body)
-    with call.write() as tx:
+
+    def submit(tx: Tx) -> FineTuningJob:
         job = jobs.submit(tx, new_job(tx, call.tenant, body), max_queued=call.services.max_queued_jobs)
-        answer = _view(tx, job, with_position=True)
+        return _view(tx, job, with_position=True)
+
+    answer = attempt.once(call, body.model_dump(mode="json", exclude_unset=True), submit)
     call.queue.ring_trainers()
     return answer
 

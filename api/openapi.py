@@ -9,6 +9,7 @@ from openapi_pydantic import OpenAPI
 from openapi_pydantic.util import PydanticSchema, construct_open_api_with_schema_class
 
 from api.endpoint import Endpoint
+from api.idempotency import KEY_HEADERS, KEY_PATTERN
 from api.schemas.wire import ErrorBody
 
 _PATH_PARAMETER = re.compile(r"<(?:path:)?([a-z_]+)>")
@@ -67,7 +68,11 @@ def _parameters(one: Endpoint) -> list[dict[str, Any]]:
         | ({"style": "deepObject", "explode": True} if _is_object(field) else {})
         for name, field in schema.get("properties", {}).items()
     ]
-    return in_path + in_query
+    in_header = [
+        {"name": name, "in": "header", "required": False, "schema": {"type": "string", "pattern": f"^{KEY_PATTERN}$"}}
+        for name in KEY_HEADERS[: one.creates_once]
+    ]
+    return in_path + in_query + in_header
 
 
 def _is_object(field: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from api import errors
 from api.endpoint import Endpoint
+from api.idempotency import KEY_HEADERS, REPLAYED, RETRY_HEADER
 from api.openapi import path_parameters
 from api.schema_words import fields
 from shared import keys, limits
@@ -69,6 +70,18 @@ _ERRORS = (
     " `x-should-retry: false`. An answer that fails in the middle of a stream ends with a `data:` line that holds such"
     " an error."
 )
+_REPEATS = (
+    f"A POST that creates may carry `{KEY_HEADERS[0]}` (or `{KEY_HEADERS[1]}`): 1 to {limits.MAX_IDEMPOTENCY_KEY}"
+    f" visible ASCII characters of your choice, your tenant's own for {limits.IDEMPOTENCY_KEY_S // 3600} hours. The"
+    " same request with the same key is answered as the first was, byte for byte, with the header"
+    f" `{REPLAYED[0]}: {REPLAYED[1]}`, and creates nothing; the order of JSON keys and the boundary of a form make no"
+    " difference. Another request with that key is 422 `idempotency_mismatch`. While the first is still being written"
+    " the answer may be 409 `idempotency_in_flight`, which is to be tried again. Errors are not kept, since they"
+    " changed nothing, nor is the answer to a dry run: the key stays free.",
+    f"OpenAI's SDKs send no key, but count their retries in `{RETRY_HEADER}`. A retry is answered as the newest earlier"
+    f" try of the same request with the same API key within {limits.SDK_RETRY_S // 60} minutes was; count 0 is always a"
+    " request of its own. Two equal requests whose retries cross can be taken for one: send a key where that matters.",
+)
 
 
 def blocks(endpoints: Iterable[Endpoint]) -> Iterator[Block]:
@@ -85,6 +98,8 @@ def blocks(endpoints: Iterable[Endpoint]) -> Iterator[Block]:
     yield Heading(2, "Errors")
     yield Paragraph(_ERRORS)
     yield Table(("status", "type", "code", "meaning", "headers"), list(_error_rows()))
+    yield Heading(2, "Repeated requests")
+    yield from map(Paragraph, _REPEATS)
     for resource in dict.fromkeys(one.resource for one in endpoints):
         yield from _resource([one for one in endpoints if one.resource == resource])
     yield Heading(2, "Bodies")
@@ -126,6 +141,8 @@ def _talk(one: Endpoint) -> Iterator[str]:
         yield text
     if one.body is not None:
         yield f"Body: {one.body.__name__}."
+    if one.creates_once:
+        yield f"May carry `{KEY_HEADERS[0]}`."
     if one.answers:
         yield f"Answers {' or '.join(map(_shown, one.answers))}."
     for kind, text in one.media.items():

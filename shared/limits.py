@@ -40,6 +40,9 @@ MAX_QUEUED_JOBS: Final = 1000
 GENERATION_TIMEOUT_S: Final = 120
 MAX_ATTEMPTS: Final = 3
 TMP_MAX_AGE_S: Final = 24 * 3600
+MAX_IDEMPOTENCY_KEY: Final = 255
+IDEMPOTENCY_KEY_S: Final = 24 * 3600
+SDK_RETRY_S: Final = 15 * 60
 
 NAME_PATTERN: Final = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
 _NAME = re.compile(NAME_PATTERN)

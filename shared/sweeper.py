@@ -9,7 +9,7 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from shared import db, jobs
+from shared import db, idempotency, jobs
 from shared.queue import Queue
 from shared.store import adapters, garbage
 from shared.store.layout import Layout
@@ -69,7 +69,7 @@ class Sweeper:
                 removed += garbage.remove_orphans(tx, layout) + garbage.remove_deleted(tx, layout)
                 corrupt = garbage.corrupt_versions(tx, layout, sample=SCRUB_SAMPLE)
             with db.write(engine) as tx:
-                garbage.forget_idempotency_keys(tx)
+                idempotency.forget_old(tx)
                 for version in corrupt:
                     log.error("adapter version %s no longer matches its checksums", version.id)
                     adapters.mark_corrupt(tx, version.id)

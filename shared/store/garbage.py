@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import InstrumentedAttribute
 
 from shared import ids, limits
@@ -17,7 +17,7 @@ from shared.db import Tx, now_ms
 from shared.store.adapter_files import rehash
 from shared.store.durable import remove_tree
 from shared.store.layout import Layout
-from shared.tables import AdapterVersion, BaseModelRow, Checkpoint, File, IdempotencyKey, Job
+from shared.tables import AdapterVersion, BaseModelRow, Checkpoint, File, Job
 
 MAX_AGE_S: Final = limits.TMP_MAX_AGE_S
 UNUSED_S: Final = 2 * limits.GENERATION_TIMEOUT_S
@@ -58,12 +58,6 @@ def corrupt_versions(tx: Tx, layout: Layout, *, sample: int) -> list[AdapterVers
     """Those of a random `sample` of ready versions whose bytes on disk no longer match the row."""
     ready = select(AdapterVersion).where(AdapterVersion.state == "ready").order_by(func.random()).limit(sample)
     return [version for version in tx.scalars(ready) if not rehash(layout, version)]
-
-
-def forget_idempotency_keys(tx: Tx, *, max_age_s: float = 24 * 3600) -> None:
-    """Delete the answers kept for repeated requests, once they are a day old."""
-    old = delete(IdempotencyKey).where(IdempotencyKey.created_at < now_ms(tx) - int(max_age_s * 1000))
-    tx.execute(old, execution_options={"synchronize_session": False})
 
 
 _KINDS: Final[tuple[tuple[str, str, InstrumentedAttribute[str]], ...]] = (

@@ -114,10 +114,9 @@ def test_every_user_error_has_an_answer_of_its_own() -> None:
     from api.errors import answer_for
 
     ours = {errors.OwnershipLost, errors.TrainingFailed, errors.StartupError}
-    later = {errors.IdempotencyMismatch, errors.RequestInFlight}
     kinds = {kind for kind in errors.LoradError.__subclasses__() if kind.__module__ == "shared.errors"}
 
-    assert {kind for kind in kinds if answer_for(kind()).status == 500} == ours | later
+    assert {kind for kind in kinds if answer_for(kind()).status == 500} == ours
 
 
 def test_no_torch_behind_the_api() -> None:

@@ -3,13 +3,10 @@
 import os
 from pathlib import Path
 
-from sqlalchemy import select
-
 from shared import ids, jobs
-from shared.db import now_ms, read, write
+from shared.db import read, write
 from shared.store import adapter_files, adapters, checkpoints, durable, garbage
 from shared.store.layout import Layout
-from shared.tables import File, IdempotencyKey
 from tests.shared.conftest import World, flip, make_old, published
 
 
@@ -128,17 +125,3 @@ def test_scrub_finds_a_flipped_bit(world: World) -> None:
 
     assert [version.id for version in found] == [bad.id]
     assert adapter_files.rehash(world.layout, good)
-
-
-def test_idempotency_keys_are_forgotten(world: World) -> None:
-    """Kept answers go after a day and not before."""
-    with write(world.engine) as tx:
-        now = tx.scalar(select(now_ms(tx))) or 0
-        for key, age_s in (("old", (24 * 3600) + 60), ("young", (24 * 3600) - 60)):
-            tx.add(IdempotencyKey(tenant="acme", key=key, request_sha256="x", created_at=now - age_s * 1000))
-    with write(world.engine) as tx:
-        garbage.forget_idempotency_keys(tx)
-
-    with read(world.engine) as tx:
-        assert [row.key for row in tx.query(IdempotencyKey)] == ["young"]
-        assert tx.query(File).count() == 1
