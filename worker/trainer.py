@@ -24,6 +24,7 @@ from worker.base_model import load_base_model
 from worker.celery_program import exit_with_one_line, run_worker
 from worker.inspector import Inspector
 from worker.job_run import JobRun
+from worker.kernels.memory import keep_freed_memory
 from worker.training import pulse
 from worker.training.engine import TrainingEngine
 
@@ -139,6 +140,7 @@ def _give_up(seconds: float) -> None:
 
 def main() -> None:
     """Run a trainer until SIGTERM or SIGINT."""
+    keep_freed_memory()
     settings = Settings.from_env()
     app = celery_app(settings.resolved_broker_url)
     database, layout = db.open_engine(settings.database_url), Layout(settings.data_dir)
