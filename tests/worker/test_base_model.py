@@ -19,8 +19,10 @@ from transformers import (
 )
 
 from shared.errors import SettingsError
+from worker import base_model
 from worker.base_model import (
     BaseModel,
+    bfloat16_speedup,
     choose_device,
     choose_dtype,
     context_length,
@@ -99,8 +101,31 @@ def test_dtype_asked_for_is_given(source: Path) -> None:
 
 
 def test_automatic_dtype_on_cpu_is_float32() -> None:
-    """Every CPU computes in float32, whatever instructions it has."""
+    """Every CPU generates in float32, whatever instructions it has."""
     assert choose_dtype(torch.device("cpu"), "auto") == torch.float32
+
+
+@pytest.mark.parametrize(("speedup", "expected"), [(4.0, torch.bfloat16), (0.6, torch.float32)])
+def test_training_takes_the_dtype_the_cpu_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype
+) -> None:
+    """Training on a CPU is in bfloat16 where that pays; asking for float32 still gives float32."""
+    monkeypatch.setattr(base_model, "bfloat16_speedup", lambda: speedup)
+
+    assert choose_dtype(torch.device("cpu"), "auto", for_training=True) == expected
+    assert choose_dtype(torch.device("cpu"), "float32", for_training=True) == torch.float32
+
+
+def test_bfloat16_speedup_agrees_with_the_processor() -> None:
+    """The short measurement says the same as the processor's own list of instructions, where Linux shows it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        pytest.skip("no /proc/cpuinfo")
+    if "avx512_bf16" not in flags and "amx_bf16" not in flags:
+        pytest.skip("a processor without bfloat16 products")
+
+    assert bfloat16_speedup() >= 1.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
