@@ -12,6 +12,7 @@ from benchmarks.train.plan import Plan, Row
 from shared.config import Settings
 from shared.specs import LoraSpec, Order, StepReport, TrainSpec
 from worker.base_model import load_base_model
+from worker.kernels.memory import keep_freed_memory
 from worker.training.engine import TrainingEngine
 from worker.training.job import TrainingJob, TrainingResult
 
@@ -69,6 +70,7 @@ def train_jobs(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _engine(request: dict[str, Any]) -> TrainingEngine:
+    keep_freed_memory()  # as the trainer process does
     row = Row(**request["row"])
     path = Path(request["work"]) / "base"
     base = load_base_model(path, name="base", digest="0" * 64, device="cpu", dtype=row.dtype)
