@@ -12,13 +12,18 @@ import httpx2
 import openai
 import pytest
 from flask import Flask
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from werkzeug.serving import make_server
 
 from api.app import create_app
+from api.auth import KEYLESS
+from api.call import Call
+from api.idempotency import Attempt
+from api.schemas.wire import Deleted
 from shared import idempotency
 from shared.config import Settings
 from shared.db import read, write
+from shared.errors import IdempotencyMismatch
 from shared.tables import File, IdempotencyKey, Job
 from tests.api.conftest import SAMPLES, Api, both_databases
 from tests.api.test_inspection import FakeTrainer, trainer
@@ -135,8 +140,8 @@ def test_without_a_key_twice_is_two(api: Api) -> None:
 
 def test_the_body_counts_and_not_its_spelling(api: Api) -> None:
     """Blanks and the order of keys make no difference to a JSON body."""
-    body = {"model": "tiny", "training_file": api.upload()["id"], "training": {"max_steps": 5, "warmup_steps": 1}}
-    turned = dict(reversed(body.items())) | {"training": {"warmup_steps": 1, "max_steps": 5}}
+    body = {"model": "tiny", "training_file": api.upload()["id"], "metadata": {"a": "1", "b": "2"}}
+    turned = dict(reversed(body.items())) | {"metadata": {"b": "2", "a": "1"}}
     headers = KEY | {"Content-Type": "application/json"}
     first = api.http.post(JOBS, content=json.dumps(body), headers=headers)
 
@@ -167,10 +172,15 @@ def test_another_file_with_the_key_is_refused(api: Api, change: dict[str, Any]) 
 
 
 def test_a_key_is_for_one_route(api: Api) -> None:
-    """The key of an upload is no key for a job."""
+    """The key of an upload is no key for a job, nor for another route that is asked for the very same."""
     file_id = send(api).json()["id"]
-
     assert refusal(ask(api, file_id)) == (422, "idempotency_mismatch", None)
+
+    call = Call(KEYLESS, api.services)
+    made = Attempt("POST /a", "k-2", None).once(call, {"x": 1}, lambda _: Deleted(id="1", object="file"))
+    assert made == Deleted(id="1", object="file")
+    with pytest.raises(IdempotencyMismatch):
+        Attempt("POST /b", "k-2", None).once(call, {"x": 1}, lambda _: Deleted(id="2", object="file"))
 
 
 @pytest.mark.parametrize("header", ["Idempotency-Key", "X-Idempotency-Key"])
@@ -310,6 +320,17 @@ def test_a_retry_is_told_by_its_count(api: Api) -> None:
     assert second.json()["id"] != first.json()["id"]
     assert is_replay(second, ask(api, file_id, retry(1)))
     assert count(api, Job) == 2
+
+
+def test_a_retry_is_told_for_a_quarter_of_an_hour(api: Api) -> None:
+    """After that a count says nothing any more; a key still does."""
+    file_id = api.upload()["id"]
+    counted, with_key = ask(api, file_id, retry(0)), ask(api, file_id)
+    with write(api.engine) as tx:
+        tx.execute(update(IdempotencyKey).values(created_at=IdempotencyKey.created_at - 16 * 60 * 1000))
+
+    assert ask(api, file_id, retry(1)).json()["id"] != counted.json()["id"]
+    assert is_replay(with_key, ask(api, file_id))
 
 
 def test_a_retry_of_an_upload_is_told_too(api: Api) -> None:

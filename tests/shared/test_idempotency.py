@@ -96,11 +96,12 @@ def test_another_request_with_the_key_is_refused(engine: Engine) -> None:
 
 
 def test_keys_are_per_tenant(engine: Engine) -> None:
-    """Another tenant's key of the same text is another key, whatever the request."""
+    """Another tenant's key of the same text is another key, for whatever request, with an answer of its own."""
     answered(engine, keyed(tenant="acme"))
 
-    assert answered(engine, keyed(tenant="umbrella")) is None
-    assert answered(engine, keyed(tenant="umbrella2", sha256="y")) is None
+    assert answered(engine, keyed(tenant="umbrella", sha256="y"), Kept(200, "theirs")) is None
+    assert answered(engine, keyed(tenant="acme")) == ANSWER
+    assert answered(engine, keyed(tenant="umbrella", sha256="y")) == Kept(200, "theirs")
 
 
 def test_a_transaction_that_fails_keeps_nothing(engine: Engine) -> None:
@@ -188,6 +189,52 @@ def test_the_second_waits_for_the_first(engine: Engine) -> None:
     second.join(10)
 
     assert results == [ANSWER]
+
+
+def test_an_expired_key_has_one_heir(engine: Engine) -> None:
+    """Of two requests that find an old answer one takes the key, and the other waits for its answer."""
+    answered(engine, keyed(), Kept(200, "old"))
+    age(engine, DAY_S + 60)
+    results: list[Kept | None] = []
+    second = threading.Thread(target=lambda: results.append(answered(engine, keyed(), Kept(200, "second"))))
+    with held(engine, keyed()) as tx:
+        second.start()
+        second.join(0.3)
+        idempotency.keep(tx, keyed(), ANSWER)
+    second.join(10)
+
+    assert results == [ANSWER]
+
+
+def test_two_at_once_do_not_both_inherit(postgres: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that have both met the old row, before either looks at it, are still one after the other."""
+    answered(postgres, keyed(), Kept(200, "old"))
+    age(postgres, DAY_S + 60)
+    look, barrier = idempotency._locked, threading.Barrier(2)
+
+    def look_together(tx: Tx, request: Request) -> IdempotencyKey | None:
+        barrier.wait(10)
+        return look(tx, request)
+
+    monkeypatch.setattr(idempotency, "_locked", look_together)
+    results = at_once(*[lambda: answered(postgres, keyed())] * 2)
+
+    assert sorted(results, key=str) == [ANSWER, None]
+
+
+def test_a_key_forgotten_while_we_look_is_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that is in the way of the insertion and gone a moment later, since a sweeper came by, is no obstacle."""
+    answered(engine, keyed(), Kept(200, "old"))
+    look = idempotency._locked
+
+    def sweep_and_look(tx: Tx, request: Request) -> IdempotencyKey | None:
+        idempotency.forget_old(tx, max_age_s=-60)
+        return look(tx, request)
+
+    monkeypatch.setattr(idempotency, "_locked", sweep_and_look)
+    assert answered(engine, keyed()) is None
+    monkeypatch.undo()
+    assert answered(engine, keyed()) == ANSWER
 
 
 def test_the_second_goes_on_when_the_first_fails(engine: Engine) -> None:
