@@ -44,7 +44,9 @@ class Position(Spec):
     best_step: int | None = None
     evaluations_since_best: int = 0
     unreported: StepReport | None = None
-    """The report of `step` if its evaluation and so its metrics event are still to come."""
+    """The last report if an evaluation after `step` and so its metrics event are still to come."""
+    ended_early: bool = False
+    """Whether no step comes after `step`, however many the spec asks for."""
 
 
 class Header(Spec):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from shared import limits
 from shared.specs import TrainSpec
 from worker.training.dataset import TokenisedDataset, epoch_order
 
@@ -17,9 +18,12 @@ class Forecast:
 
 
 def num_steps(data: TokenisedDataset, spec: TrainSpec) -> tuple[int, int]:
-    """(steps of one epoch, the last of which may have fewer samples; steps in all: `max_steps` before `n_epochs`)."""
+    """(steps of one epoch, the last of which may have fewer samples; steps in all).
+
+    In all: `max_steps`, or those of `n_epochs`, of which there are at most limits.MAX_STEPS.
+    """
     steps_per_epoch = -(-len(data) // spec.batch_size)
-    return steps_per_epoch, spec.max_steps or spec.n_epochs * steps_per_epoch
+    return steps_per_epoch, spec.max_steps or min(spec.n_epochs * steps_per_epoch, limits.MAX_STEPS)
 
 
 def forecast(data: TokenisedDataset, spec: TrainSpec) -> Forecast:

@@ -35,9 +35,10 @@ class TrainingJob:
     on_event: Callable[[Level, Literal["message", "metrics"], str, dict[str, Json]], None]
     """(level, type, message, data)."""
     on_step: Callable[[StepReport], None]
-    """Called after each optimizer step, before the step's event."""
+    """Called after each finite optimizer step, before the step's metrics event."""
     order: Callable[[], Order]
-    """Asked again and again. CANCEL and LOST are obeyed at once, PAUSE after the step and evaluation under way."""
+    """Asked after every turn and obeyed then. PAUSE saves a checkpoint of the last whole step first: what the step or
+    evaluation under way has gained is given up, and made again by the resumed job."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,5 +109,11 @@ class AdapterOptimizer:
         return moment
 
 
+def pairs_of(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """'<path>.lora_A' and '.lora_B' -> tensor, as path -> (A, B)."""
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in named)
+    return {path: (named[f"{path}.lora_A"], named[f"{path}.lora_B"]) for path in paths}
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)

@@ -18,11 +18,13 @@ from worker.lora.spec import LoadedAdapter
 from worker.training.checkpoint import Checkpoint, Header, Position, newest_fitting
 from worker.training.dataset import epoch_order
 from worker.training.evaluation import Evaluation
+from worker.training.failure import sample_too_large
 from worker.training.forecast import num_steps
-from worker.training.job import Json, TrainingResult
+from worker.training.job import TrainingResult
 from worker.training.loss import Score
-from worker.training.optimizer import AdapterOptimizer, learning_rate
+from worker.training.optimizer import AdapterOptimizer, learning_rate, pairs_of
 from worker.training.preparation import Prepared
+from worker.training.reports import Reports
 from worker.training.step import Step, leading
 from worker.training.stream import Gained, Part
 
@@ -51,7 +53,7 @@ class TrainingRun:
         self._train = prepared.train
         self._steps_per_epoch, self.total_steps = num_steps(self._train, self._spec)
         self._order: tuple[int, list[int]] | None = None
-        self._metrics: dict[str, Json] = {}
+        self._reports = Reports(prepared.job)
         self._position = Position()
         self._best: Mapping[str, Tensor] | None = None
         self._evaluation = Evaluation(prepared.valid, self._spec)
@@ -60,16 +62,18 @@ class TrainingRun:
             self._parameters = manager.parameters(self.job.job_id)
             self._optimizer = AdapterOptimizer(self._parameters, self._spec)
             self._resume()
+            self._anchor = self._optimizer.standing()
+            self._anchored_at = self._first_step = self.step
+            # A step whose evaluation is still to come is worth saving again once that is over.
+            self._saved_at = self.step if self._position.unreported is None else None
+            self._began_s = time.monotonic() - self._position.seconds
+            self._busy_s = 0.0
+            self._under_way = self._next_step()
+            total = sum(p.numel() for p in base.model.parameters()) - self._num_attached()
+            self._reports.start(self.step, self.total_steps, self._parameters, num_base_parameters=total)
         except BaseException:
             self.detach()
             raise
-        self._anchor = self._optimizer.standing()
-        self._anchored_at = self.step
-        self._began_s = time.monotonic() - self._position.seconds
-        self._first_step = self.step
-        self._busy_s = 0.0
-        self._under_way = self._next_step()
-        self._report_start()
 
     @property
     def step(self) -> int:
@@ -111,8 +115,8 @@ class TrainingRun:
         """Add what the last `next_train_part` gained; `seconds` is what it took."""
         self._under_way.absorb(part, gained, seconds)
 
-    def end_step(self) -> StepReport | None:
-        """Move the adapter by what the parts gained. None for a step that was not finite, and moved nothing.
+    def end_step(self) -> None:
+        """Move the adapter by what the parts gained, and report; a step that was not finite is skipped instead.
 
         Raises TrainingFailed (diverged) where a rollback has not helped.
         """
@@ -120,7 +124,10 @@ class TrainingRun:
         made = self._under_way
         assert made.loss is not None
         norm = self._optimizer.set_gradients(made.gradients)
+        began_s = time.perf_counter()
         loss, grad_norm = torch.stack([made.loss, norm.to(made.loss)]).tolist()  # the one wait for a GPU in a step
+        made.seconds += time.perf_counter() - began_s
+        report = None
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self._optimizer.step(rate)
             self._move(updates=self._optimizer.updates, non_finite_in_a_row=0)
@@ -129,17 +136,17 @@ class TrainingRun:
             self._optimizer.drop_gradients()
             self._move(step=self.step + 1, non_finite_in_a_row=self._position.non_finite_in_a_row + 1)
             self._skip(loss, grad_norm, rate)
-            report = None
         self._under_way = self._next_step()
         if self._spec.max_seconds is not None and self._seconds() >= self._spec.max_seconds and self.steps_left():
             self._end_early(f"{self._spec.max_seconds} s of training are over, as max_seconds asks")
         if report is not None:
-            if self._evaluation.is_due(self.step, self._steps_per_epoch, is_last=not self.steps_left()):
-                self._evaluation.begin()
-                self._move(unreported=report)
-            else:
-                self._report_metrics()
-        return report
+            self.job.on_step(report)
+        is_due = self._evaluation.is_due(self.step, self._steps_per_epoch, is_last=not self.steps_left())
+        if is_due and self._reports.last is not None:
+            self._evaluation.begin()
+            self._move(unreported=self._reports.last)
+        elif report is not None:
+            self._reports.tell_metrics()
 
     # -- evaluating
 
@@ -159,49 +166,63 @@ class TrainingRun:
         if self._evaluation.waiting:
             return
         loss, accuracy = self._evaluation.end()
-        self._metrics |= {"valid_loss": loss, "valid_mean_token_accuracy": accuracy}
-        if self._position.best_loss is None or loss < self._position.best_loss:
+        is_finite = math.isfinite(loss)
+        self._reports.evaluated(loss if is_finite else None, accuracy)
+        if is_finite and (self._position.best_loss is None or loss < self._position.best_loss):
             self._best = self._optimizer.standing().lora
             self._move(best_loss=loss, best_step=self.step, evaluations_since_best=0)
-        elif math.isfinite(loss):
+        else:
             self._move(evaluations_since_best=self._position.evaluations_since_best + 1)
         self._move(unreported=None)
-        self._report_metrics()
+        self._reports.tell_metrics()
         patience = self._spec.early_stopping_patience
         if patience is not None and self._position.evaluations_since_best >= patience and self.steps_left():
-            self._end_early(
-                f"no lower validation loss in {patience} evaluations; the lowest was {self._position.best_loss:.4f}"
-                f" at step {self._position.best_step}"
-            )
+            best_loss, best_step = self._position.best_loss, self._position.best_step
+            lowest = "none was finite" if best_loss is None else f"the lowest was {best_loss:.4f} at step {best_step}"
+            self._end_early(f"no lower validation loss in {patience} evaluations; {lowest}")
 
     # -- between steps
 
     def is_checkpoint_due(self) -> bool:
+        """Never twice for one step: it may take turns until the next begins."""
         every = self._spec.checkpoint_every
-        return bool(every and self.step % every == 0) or self.job.checkpoint_due()
+        return self.step != self._saved_at and (bool(every and self.step % every == 0) or self.job.checkpoint_due())
 
     def save_checkpoint(self) -> None:
-        """Hand over a copy of all that the next step depends on. An evaluation under way will begin anew."""
+        """Hand over a copy of all that the next step depends on, unless this run has done so for this step.
+
+        Nothing of a step under way is saved, and an evaluation under way will begin anew.
+        """
+        if self.step == self._saved_at:
+            return
         self._move(seconds=self._seconds())
         standing = self._optimizer.standing()
         checkpoint = Checkpoint(self._header(), standing, self._best)
-        metrics = self._metrics if self._metrics.get("step") == self.step else {}  # a skipped step has none
-        self.job.save_checkpoint(self.step, dict(metrics), checkpoint.write)
-        self._anchor, self._anchored_at = standing, self.step
+        self.job.save_checkpoint(self.step, self._reports.metrics_of(self.step), checkpoint.write)
+        self._saved_at = self.step
+        if not self._position.non_finite_in_a_row:  # else what was saved may be what diverges
+            self._anchor, self._anchored_at = standing, self.step
+
+    def check_trained(self) -> None:
+        """Raises TrainingFailed (diverged) if nothing was learnt, or more than the last step was not finite."""
+        if not self._position.updates:
+            why = f"none of the {self.step} steps was finite, or a rollback has undone all that were"
+        elif self._position.non_finite_in_a_row > 1:
+            why = f"the last {self._position.non_finite_in_a_row} of {self.step} steps were not finite"
+        else:
+            return
+        raise TrainingFailed(f"training diverged: {why}; use a lower learning rate", code="diverged")
 
     def result(self, outcome: Literal["finished", "stopped"], order: Order | None = None) -> TrainingResult:
         """How the job ended, holding a copy of the adapter to publish."""
         adapter = self._manager.snapshot(self.job.job_id)
         if outcome == "finished" and self._spec.publish == "best" and self._best is not None:
-            adapter = LoadedAdapter(spec=adapter.spec, tensors=_pairs(self._best))
-            message = (
-                f"The adapter of step {self._position.best_step} is published, which had the lowest validation loss"
-            )
-            self.job.on_event("info", "message", message, {"step": self._position.best_step})
+            adapter = LoadedAdapter(spec=adapter.spec, tensors=pairs_of(self._best))
+            self._reports.best_is_published(self._position.best_step)
         return TrainingResult(
             outcome=outcome,
             order=order,
-            metrics=dict(self._metrics),
+            metrics=self._reports.metrics,
             steps=self.step,
             trained_tokens=self._position.trained_tokens,
             write_adapter=partial(write_adapter, adapter=adapter, base_model_name=self._base.name),
@@ -213,17 +234,9 @@ class TrainingRun:
         Raises TrainingFailed (out_of_memory) where it was a single sample.
         """
         if len(part.indices) == 1:
-            raise TrainingFailed(
-                f"one sample of {part.num_tokens} tokens does not fit into memory; use a smaller max_seq_len, fewer"
-                " target modules, a smaller base model, or a machine with more memory",
-                code="out_of_memory",
-            )
+            raise sample_too_large(part.num_tokens)
         self.max_part_tokens = max(part.num_tokens // 2, 1)
-        message = (
-            f"Out of memory with {part.num_tokens} tokens at once; from now on at most {self.max_part_tokens}, in more"
-            " parts. The optimizer step stays the same"
-        )
-        self.job.on_event("warn", "message", message, {"step": self.step, "max_tokens": self.max_part_tokens})
+        self._reports.parts_are_smaller(self.step, part.num_tokens, self.max_part_tokens)
 
     # -- within
 
@@ -249,7 +262,7 @@ class TrainingRun:
             tokens_per_second=made.num_tokens / max(made.seconds, 1e-9),
             eta_seconds=(self.total_steps - step) * self._busy_s / max(step - self._first_step, 1),
         )
-        self._metrics = report.model_dump()
+        self._reports.stepped(report)
         self._move(step=step, trained_tokens=self._position.trained_tokens + made.num_tokens)
         return report
 
@@ -275,12 +288,7 @@ class TrainingRun:
     def _end_early(self, why: str) -> None:
         self.job.on_event("info", "message", f"Training ends at step {self.step} of {self.total_steps}: {why}", {})
         self.total_steps = self.step
-
-    def _report_metrics(self) -> None:
-        message = f"Step {self.step}/{self._metrics['total_steps']}: training loss={self._metrics['train_loss']:.4f}"
-        if "valid_loss" in self._metrics:
-            message += f", validation loss={self._metrics['valid_loss']:.4f}"
-        self.job.on_event("info", "metrics", message, dict(self._metrics))
+        self._move(ended_early=True)
 
     def _warn(self, message: str) -> None:
         self.job.on_event("warn", "message", message, {"step": self.step})
@@ -308,6 +316,8 @@ class TrainingRun:
         for why in refused:
             self._warn(why)
         if checkpoint is None:
+            if self._spec.init_from is not None and self.job.init_from is None:
+                raise TrainingFailed("no checkpoint fits, nor is the adapter to start from here", code="cannot_resume")
             return
         header = checkpoint.header
         self.job.on_event(
@@ -320,19 +330,11 @@ class TrainingRun:
                 f"Resumed on {expected.device} in {expected.dtype}, not on {header.device} in {header.dtype}: "
                 "equal within rounding" + ("; dropout drops other inputs" if self._spec.lora.dropout else "")
             )
+        if header.position.ended_early:
+            self.total_steps = self.step
         if header.position.unreported is not None:
-            self._metrics = header.position.unreported.model_dump()
+            self._reports.stepped(header.position.unreported)
             self._evaluation.begin()
-
-    def _report_start(self) -> None:
-        trainable = sum(p.numel() for p in self._parameters.values())
-        total = sum(p.numel() for p in self._base.model.parameters()) - self._num_attached()
-        message = f"Training starts: {self.steps_left()} steps, {trainable:,} of {total + trainable:,} parameters"
-        data: dict[str, Json] = {
-            "step": self.step, "total_steps": self.total_steps, "trainable_parameters": trainable,
-            "parameters": total + trainable,
-        }  # fmt: skip
-        self.job.on_event("info", "message", message, data)
 
     def _num_attached(self) -> int:
         return sum(p.numel() for name in self._manager.list() for p in self._manager.parameters(name).values())
@@ -346,9 +348,3 @@ class TrainingRun:
             dtype=str(self._base.dtype).removeprefix("torch."),
             position=self._position,
         )
-
-
-def _pairs(named: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """'<path>.lora_A' and '.lora_B' -> tensor, as path -> (A, B)."""
-    paths = dict.fromkeys(name.rpartition(".")[0] for name in named)
-    return {path: (named[f"{path}.lora_A"], named[f"{path}.lora_B"]) for path in paths}
