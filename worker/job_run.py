@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, StatementError
 
 from shared import db, jobs
 from shared.config import Settings
@@ -37,8 +37,15 @@ FLUSH_S = 1.0
 PUBLISH_RETRY_S = 900.0
 """How long a trained job keeps trying to commit while the database is away; its fence guards it all the while."""
 
+_AWAY: Final = (OperationalError, InterfaceError)
+"""What a database raises that does not answer, or that could not serialise this transaction with others: try again."""
+
 EngineFor = Callable[[str], TrainingEngine]
 Level = Literal["info", "warn", "error"]
+
+
+class TrainerStops(Exception):
+    """The trainer is shutting down, and loads no base model for a job that it will not train."""
 
 
 @dataclass(frozen=True)
@@ -62,32 +69,34 @@ class JobRun:
         self._flushing = threading.Lock()
         self._events: list[_Event] = []
         self._report: StepReport | None = None
-        self._metrics: list[dict[str, Any]] = []
         self._checkpointed_at = time.monotonic()
 
     def run(self, engine_for: EngineFor) -> None:
         """Train and end the job as the ledger's table of arcs allows; returns normally whatever the job did.
 
-        `engine_for(base model id)` loads the base if need be. A trainer that is shutting down gives the job back.
+        `engine_for(base model id)` loads the base if need be, or raises TrainerStops. A trainer that is shutting down
+        gives the job back.
         """
         try:
             with self._pulse():
                 result = self._train(engine_for)
                 prepared = self._prepare_version(result) if result.outcome == "finished" else None
-            self._end(self._write_events)
             if prepared is not None:
                 self._publish(prepared, result)
             else:
                 self._stop_as_ordered(result.order)
         except OwnershipLost:
             log.warning("%s: ownership lost, nothing published", self._claim.job_id)
+        except TrainerStops:
+            self._stop_as_ordered(None)
         except (InvalidRequest, TrainingFailed) as error:
             code, message = error.error_code, error.message
             self._end(lambda tx: jobs.fail(tx, self._claim, code=code, message=message))
         except Exception as error:
             log.exception("%s: attempt %d failed", self._claim.job_id, self._claim.attempt)
             reason = f"{type(error).__name__}: {error}"
-            self._end(lambda tx: jobs.give_back(tx, self._claim, charge=True, reason=reason))
+            lease_s = self._settings.lease_s
+            self._end(lambda tx: jobs.give_back(tx, self._claim, charge=True, reason=reason, lease_s=lease_s))
 
     # -- training
 
@@ -96,8 +105,9 @@ class JobRun:
         with db.read(self._database) as tx:
             train_path = self._file_path(tx, claim.training_file_id)
             valid_path = self._file_path(tx, claim.validation_file_id) if claim.validation_file_id else None
-            init_from = self._start_of(tx, claim.spec.init_from) if claim.spec.init_from else None
             resume_from = checkpoints.intact(self._layout, jobs.newest_checkpoints(tx, claim.job_id))
+            # A job that goes on from its own checkpoint needs its start no more.
+            init_from = self._start_of(tx, claim.spec.init_from) if claim.spec.init_from and not resume_from else None
         job = TrainingJob(
             job_id=claim.job_id,
             spec=claim.spec,
@@ -132,8 +142,6 @@ class JobRun:
     ) -> None:
         with self._lock:
             self._events.append(_Event(level, type, message, data))
-            if type == "metrics" and data is not None:
-                self._metrics.append(data)
 
     def _save_checkpoint(self, step: int, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         claim = self._claim
@@ -179,16 +187,24 @@ class JobRun:
     def _beat_until(self, ended: threading.Event) -> None:
         beaten_at = -self._settings.heartbeat_s
         while not ended.wait(min(FLUSH_S, self._settings.heartbeat_s)):
-            try:
-                self._flush()
-                if time.monotonic() - beaten_at >= self._settings.heartbeat_s:
-                    self._beat()
-                    beaten_at = time.monotonic()
-            except OwnershipLost:
-                self._order = Order.LOST
-            except DBAPIError as error:
-                # Cut off from the database we train on: nothing can be published without it, and most cuts are short.
-                log.warning("%s: the database does not answer: %s", self._claim.job_id, error)
+            self._outlived(self._flush)
+            if time.monotonic() - beaten_at >= self._settings.heartbeat_s and self._outlived(self._beat):
+                beaten_at = time.monotonic()
+
+    def _outlived(self, write: Callable[[], None]) -> bool:
+        """Do one of the pulse's writes; whatever it raises, the next will be tried. False if it raised."""
+        try:
+            write()
+        except OwnershipLost:
+            self._order = Order.LOST
+        except _AWAY as error:
+            # Cut off from the database we train on: nothing can be published without it, and most cuts are short.
+            log.warning("%s: the database does not answer: %s", self._claim.job_id, error)
+        except Exception:
+            log.exception("%s: a write of the pulse failed", self._claim.job_id)
+        else:
+            return True
+        return False
 
     def _beat(self) -> None:
         with db.write(self._database) as tx:
@@ -206,11 +222,22 @@ class JobRun:
             self._forget(written)
 
     def _write_events(self, tx: db.Tx) -> int:
-        """Write the waiting events; the caller holds `_flushing`, commits, and forgets that many."""
+        """Write the waiting events; the caller holds `_flushing`, commits, and forgets that many.
+
+        An event that the database refuses is logged and left out: those after it must not wait for it for ever.
+        """
         with self._lock:
             events = list(self._events)
         for event in events:
-            jobs.add_event(tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data)
+            try:
+                with tx.begin_nested():
+                    jobs.add_event(
+                        tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data
+                    )
+            except _AWAY:
+                raise
+            except StatementError:
+                log.exception("%s: this event cannot be written: %s", self._claim.job_id, event)
         return len(events)
 
     def _forget(self, written: int) -> None:
@@ -247,11 +274,12 @@ class JobRun:
             if published is not None and published.id == prepared.version_id:
                 return
             table = files.add_bytes(
-                tx, self._layout, _metrics_csv(self._metrics), tenant=claim.tenant,
+                tx, self._layout, _metrics_csv(jobs.step_metrics(tx, claim.job_id)), tenant=claim.tenant,
                 purpose="fine-tune-results", filename="step_metrics.csv",
             )  # fmt: skip
             jobs.succeed(tx, claim, prepared, result_file_ids=[table.id], trained_tokens=result.trained_tokens)
 
+        self._end(lambda tx: None)  # the events, so that no answer but the commit's can be lost below
         try:
             self._end(commit)
         except CancelRequested:
@@ -269,20 +297,24 @@ class JobRun:
             self._end(lambda tx: jobs.give_back(tx, self._claim, charge=False, reason=reason))
 
     def _end(self, write: Callable[[db.Tx], object]) -> None:
-        """Perform a last write, waiting for a database that is away: what was trained is not thrown away for that.
+        """Perform a last write after the events that still wait, waiting for a database that is away: what was trained
+        is not thrown away for that.
 
         The pulse has ended, so the lease may run out meanwhile; the fence then keeps the write from happening.
         """
         until = time.monotonic() + PUBLISH_RETRY_S
         while True:
             try:
-                with db.write(self._database) as tx:
-                    write(tx)
+                with self._flushing:
+                    with db.write(self._database) as tx:
+                        written = self._write_events(tx)
+                        write(tx)
+                    self._forget(written)
                 return
             except OwnershipLost:
                 log.warning("%s: ownership lost, nothing published", self._claim.job_id)
                 return
-            except DBAPIError:
+            except _AWAY:
                 if time.monotonic() > until:
                     raise
                 time.sleep(1.0)
@@ -293,7 +325,7 @@ def _check_adapter(directory: Path) -> None:
 
 
 def _metrics_csv(metrics: list[dict[str, Any]]) -> bytes:
-    """The metrics events as a table, one row per step."""
+    """The metrics of a job as a table, one row per step."""
     columns = sorted({key for row in metrics for key in row}, key=lambda key: (key != "step", key))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)

@@ -6,10 +6,11 @@ the engine's thread owns the model, and a task that fails can neither take the w
 
 import logging
 import os
+import secrets
 import socket
 import threading
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, NoReturn
 
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine
@@ -17,31 +18,34 @@ from sqlalchemy import Engine
 from shared import db, jobs
 from shared.config import Settings
 from shared.jobs import Claim
-from shared.queue import INSPECT_QUEUE, INSPECT_TASK, TRAIN_QUEUE, TRAIN_TASK, celery_app
+from shared.queue import INSPECT_QUEUE, INSPECT_TASK, TRAIN_QUEUE, TRAIN_TASK, Queue, celery_app
 from shared.store import base_models
 from shared.store.layout import Layout
 from worker.base_model import load_base_model
 from worker.celery_program import exit_with_one_line, run_worker
 from worker.inspector import Inspector
-from worker.job_run import JobRun
+from worker.job_run import JobRun, TrainerStops
 from worker.kernels.memory import keep_freed_memory
 from worker.training import pulse
 from worker.training.engine import TrainingEngine
 
 log = logging.getLogger("lorad.trainer")
 
-HUNG_EXIT: Final = 70
-"""Exit status of a trainer that found itself hung: EX_SOFTWARE of sysexits.h."""
+BROKEN_EXIT: Final = 70
+"""Exit status of a trainer that found itself or its device of no more use: EX_SOFTWARE of sysexits.h."""
 
 
 class Trainer:
     """Claims jobs, up to `train_slots` at once, and runs them side by side over one loaded base model."""
 
-    def __init__(self, settings: Settings, database: Engine, layout: Layout) -> None:
+    def __init__(self, settings: Settings, database: Engine, layout: Layout, *, ring: Callable[[], object]) -> None:
+        """`ring` rings the doorbell of all trainers."""
         self._settings = settings
         self._database = database
         self._layout = layout
-        self._name = f"{socket.gethostname()}-{os.getpid()}"
+        self._ring = ring
+        # A process in a container has the same host name and id again after a restart.
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._stopping = threading.Event()
         self._claiming = threading.Lock()
         self._slots = threading.BoundedSemaphore(settings.train_slots)
@@ -50,13 +54,16 @@ class Trainer:
     def answer_doorbell(self) -> None:
         """Train queued jobs, one after the other, until none is left that this trainer may take.
 
-        Returns at once if all slots are taken: whoever has one looks again when its job has ended.
+        Returns at once if all slots are taken: whoever has one looks again when its job has ended. With each job
+        claimed the doorbell rings for the slots still free: their threads have left if they could take nothing before.
         """
         if not self._slots.acquire(blocking=False):
             return
         try:
             while not self._stopping.is_set() and (claim := self._claim()) is not None:
                 log.info("claimed %s, attempt %d", claim.job_id, claim.attempt)
+                if self._has_free_slot():
+                    self._ring()
                 run = JobRun(claim, settings=self._settings, database=self._database, layout=self._layout)
                 run.run(self._bench.engine_for)
         finally:
@@ -70,6 +77,12 @@ class Trainer:
     def pulses(self) -> Iterator[pulse.Pulse]:
         """The pulse of the engine at work, if there is one."""
         return self._bench.pulses()
+
+    def _has_free_slot(self) -> bool:
+        if not self._slots.acquire(blocking=False):
+            return False
+        self._slots.release()
+        return True
 
     def _claim(self) -> Claim | None:
         """The next job. One at a time: what the bench will hold must be known before the next claim."""
@@ -92,19 +105,21 @@ class _Bench:
         self._lock = threading.Lock()
         self._engine: TrainingEngine | None = None
         self._loaded: str | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
         self.base_model_id: str | None = None
         """What the last claimed job needs, loaded or about to be."""
 
     def engine_for(self, base_model_id: str) -> TrainingEngine:
-        """The engine over this base model, loaded first if another is here."""
+        """The engine over this base model, loaded first if another is here; raises TrainerStops once it is too late."""
         with self._lock:
-            if self._engine is None or self._loaded != base_model_id:
+            if self._stopped.is_set():
+                raise TrainerStops
+            if self._engine is None or self._engine.is_dead or self._loaded != base_model_id:
                 if self._engine is not None:
                     self._engine.close()
                     self._engine = None  # its model is let go before the next one is loaded
                 self._engine, self._loaded = self._load(base_model_id), base_model_id
-                if self._stopped:
+                if self._stopped.is_set():
                     self._engine.stop_all()
             return self._engine
 
@@ -120,23 +135,31 @@ class _Bench:
             for_training=True,
         )
         log.info("loaded %s (%s on %s)", row.name, base.dtype, base.device)
-        return TrainingEngine(base, max_tokens=self._settings.train_tokens)
+        return TrainingEngine(base, max_tokens=self._settings.train_tokens, on_broken=_give_up_device)
 
     def pulses(self) -> Iterator[pulse.Pulse]:
         if (engine := self._engine) is not None:
             yield engine.pulse
 
     def stop_jobs(self) -> None:
-        self._stopped = True
+        self._stopped.set()
         if (engine := self._engine) is not None:
             engine.stop_all()
 
 
-def _give_up(seconds: float) -> None:
+def _give_up_hung(seconds: float) -> None:
+    _give_up(f"no training step for {seconds:.0f} s")
+
+
+def _give_up_device(error: BaseException) -> None:
+    _give_up(f"the device fails: {error}")
+
+
+def _give_up(why: str) -> NoReturn:
     """End the process: its jobs keep their checkpoints, and the sweeper finds them once the leases run out."""
-    log.critical("no training step for %.0f s: this trainer is hung and ends", seconds)
+    log.critical("%s: this trainer ends", why)
     logging.shutdown()
-    os._exit(HUNG_EXIT)
+    os._exit(BROKEN_EXIT)
 
 
 def main() -> None:
@@ -145,13 +168,13 @@ def main() -> None:
     settings = Settings.from_env()
     app = celery_app(settings.resolved_broker_url)
     database, layout = db.open_engine(settings.database_url), Layout(settings.data_dir)
-    trainer = Trainer(settings, database, layout)
+    trainer = Trainer(settings, database, layout, ring=Queue(settings.resolved_broker_url).ring_trainers)
     app.task(name=TRAIN_TASK)(trainer.answer_doorbell)
     inspector = Inspector(settings, database, layout)
     app.task(name=INSPECT_TASK)(inspector.answer)
     worker_shutting_down.connect(lambda **_: trainer.stop(), weak=False)
     worker_shutting_down.connect(lambda **_: inspector.stop(), weak=False)
-    pulse.watch(trainer.pulses, floor_s=settings.hung_s, on_hung=_give_up)
+    pulse.watch(trainer.pulses, floor_s=settings.hung_s, on_hung=_give_up_hung)
     # One thread more than slots, so that questions about data are answered while jobs train.
     run_worker(app, queues=[TRAIN_QUEUE, INSPECT_QUEUE], threads=settings.train_slots + 1)
 

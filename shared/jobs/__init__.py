@@ -26,6 +26,7 @@ from shared.jobs.queries import (
     newest_checkpoints,
     queue_position,
     recent_tokens_per_second,
+    step_metrics,
 )
 from shared.jobs.sweep import Swept, mark_rung, sweep
 
@@ -54,6 +55,7 @@ __all__ = [
     "request_cancel",
     "request_pause",
     "resume",
+    "step_metrics",
     "stop_cancelled",
     "stop_paused",
     "submit",

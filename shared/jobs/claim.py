@@ -15,6 +15,8 @@ from shared.tables import Job, JobAttempt, JobState
 WAITED_TOO_LONG_MS: Final = 60_000
 """After this a job is no longer passed over for one whose base model is at hand, or that need not run alone."""
 
+MAX_BACKOFF_S: Final = 600.0
+
 CLAIM_LOCK: Final = 0x636C61696D
 
 
@@ -33,6 +35,12 @@ class Claim:
     adapter_name: str
     spec: TrainSpec
     runs_alone: bool
+
+
+def backoff_s(attempt: int, lease_s: float) -> float:
+    """How long a job waits in the queue after its attempt number `attempt` (from 1) ended badly: half a lease, twice
+    that after the next, at most MAX_BACKOFF_S."""
+    return min(lease_s / 2 * 2.0 ** (attempt - 1), MAX_BACKOFF_S)
 
 
 def claim_next(tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None = None) -> Claim | None:

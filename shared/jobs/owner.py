@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, insert, select, update
 from shared.db import Tx, now_ms
 from shared.errors import CancelRequested, OwnershipLost
 from shared.jobs.arcs import EventType, Level, append_event, follow
-from shared.jobs.claim import Claim
+from shared.jobs.claim import Claim, backoff_s
 from shared.specs import Order, StepReport
 from shared.store.adapters import PreparedVersion, insert_version
 from shared.tables import AdapterVersion, Checkpoint, Job, JobState
@@ -124,11 +124,11 @@ def fail(tx: Tx, claim: Claim, *, code: str, message: str, param: str | None = N
     _need(_fail(tx, claim, code=code, message=message, param=param))
 
 
-def give_back(tx: Tx, claim: Claim, *, charge: bool, reason: str) -> None:
+def give_back(tx: Tx, claim: Claim, *, charge: bool, reason: str, lease_s: float = 60.0) -> None:
     """Put the job back in the queue; raises OwnershipLost. `reason` is shown to the user.
 
-    With `charge` the attempt counts: the job fails if none is left. A cancel or pause that was asked is carried out
-    instead.
+    With `charge` the attempt counts: the job fails if none is left, else waits as after a lost trainer. A cancel or
+    pause that was asked is carried out instead.
     """
     job = _lock(tx, claim)
     if _follow_cancel(tx, claim) or _follow_pause(tx, claim):
@@ -137,7 +137,9 @@ def give_back(tx: Tx, claim: Claim, *, charge: bool, reason: str) -> None:
         message = f"The last of {job.max_attempts} attempts ended: {reason}"
         _need(_fail(tx, claim, code="attempts_exhausted", message=message, param=None))
         return
-    values = {} if charge else {"attempt": job.attempt - 1}
+    values: dict[str, Any] = {"attempt": job.attempt - 1}
+    if charge:
+        values = {"not_before": now_ms(tx) + int(backoff_s(job.attempt, lease_s) * 1000)}
     message = f"The job was put back in the queue: {reason}"
     _need(follow(tx, "give_back", claim.job_id, fence=claim.fence, values=values, message=message))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, String, and_, bindparam, cast, func, or_, select, tuple_
 
@@ -77,6 +77,13 @@ def newest_checkpoints(tx: Tx, job_id: str) -> list[Checkpoint]:
     return list(tx.scalars(live.order_by(*(key.desc() for key in _CHECKPOINT_ORDER))))
 
 
+def step_metrics(tx: Tx, job_id: str) -> list[dict[str, Any]]:
+    """Data of the metrics events of all attempts, by step; of a step that was told twice, the last."""
+    query = select(JobEvent.data).where(JobEvent.job_id == job_id, JobEvent.type == "metrics").order_by(JobEvent.seq)
+    rows = {data["step"]: data for data in tx.scalars(query) if data}
+    return [rows[step] for step in sorted(rows)]
+
+
 def queue_position(tx: Tx, job: Job) -> int | None:
     """1 for the next in line by priority and age (fair share may change it), None if the job is not queued."""
     if job.state != JobState.QUEUED:
@@ -106,7 +113,8 @@ def recent_tokens_per_second(tx: Tx, base_model_id: str) -> float | None:
 
 _RECENT_JOBS: Final = 5
 _RECENT_STEPS: Final = 50
-_CHECKPOINT_ORDER: Final = (Checkpoint.step, Checkpoint.fence)
+_CHECKPOINT_ORDER: Final = (Checkpoint.fence, Checkpoint.step)
+"""By claim first: a job may have had to go back to an earlier step."""
 
 
 def _is_job(text: str) -> bool:

@@ -7,10 +7,10 @@ from sqlalchemy import Select, func, or_, select, update
 
 from shared.db import Tx, now_ms
 from shared.jobs.arcs import follow
+from shared.jobs.claim import backoff_s
 from shared.tables import Job, JobState
 
 RING_AGAIN_MS: Final = 30_000
-MAX_BACKOFF_S: Final = 600.0
 _LOST = "The trainer was lost"
 
 
@@ -91,9 +91,9 @@ def _end_lost(tx: Tx, job: Job, lease_s: float) -> JobState:
         message = f"{_LOST}; the job was paused, as asked."
         alone = {"runs_alone": True}
         return _state(follow(tx, "pause", job.id, fence=fence, guards=unrenewed, values=alone, message=message))
-    backoff_s = min(lease_s / 2 * 2 ** (job.attempt - 1), MAX_BACKOFF_S)
-    values = {"runs_alone": True, "not_before": now_ms(tx) + int(backoff_s * 1000)}
-    message = f"{_LOST} in attempt {job.attempt} of {job.max_attempts}; the job waits {backoff_s:g} s in the queue."
+    wait_s = backoff_s(job.attempt, lease_s)
+    values = {"runs_alone": True, "not_before": now_ms(tx) + int(wait_s * 1000)}
+    message = f"{_LOST} in attempt {job.attempt} of {job.max_attempts}; the job waits {wait_s:g} s in the queue."
     return _state(
         follow(tx, "lose", job.id, fence=fence, guards=unrenewed, values=values, level="warn", message=message)
     )

@@ -59,9 +59,12 @@ def intact(layout: Layout, checkpoints: Sequence[Checkpoint]) -> list[Path]:
 
 
 def forget_old(tx: Tx, job_id: str, *, keep: int = 2) -> list[Checkpoint]:
-    """Mark all but the newest `keep` as deleted and return those; remove their bytes after the commit."""
+    """Mark all but the newest `keep` as deleted and return those; remove their bytes after the commit.
+
+    Those of a later claim are newer, whatever their step: a job may have had to go back.
+    """
     live = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.deleted_at.is_(None))
-    old = list(tx.scalars(live.order_by(Checkpoint.step.desc(), Checkpoint.fence.desc()).offset(keep)))
+    old = list(tx.scalars(live.order_by(Checkpoint.fence.desc(), Checkpoint.step.desc()).offset(keep)))
     forgotten = update(Checkpoint).where(Checkpoint.id.in_([row.id for row in old])).values(deleted_at=now_ms(tx))
     tx.execute(forgotten, execution_options={"synchronize_session": False})
     return old

@@ -145,9 +145,22 @@ def test_giving_back_charges_if_told(world: World, charge: bool) -> None:
 
     job = world.job(claim.job_id)
     assert (job.state, job.attempt, job.fence) == ("queued", int(charge), 1)
+    world.edit(claim.job_id, "not_before = 0")
     again = world.claim("t2")
     assert again is not None
     assert (again.attempt, again.fence) == (1 + charge, 2)
+
+
+def test_a_job_given_back_for_an_error_waits(world: World) -> None:
+    """Half a lease, as after a lost trainer, so that it does not use up its attempts at once."""
+    claim = world.running()
+    with write(world.engine) as tx:
+        jobs.give_back(tx, claim, charge=True, reason="x", lease_s=LEASE_S)
+    too_early = world.claim("t2")
+    world.edit(claim.job_id, f"not_before = not_before - {int(LEASE_S / 2 * 1000)}")
+
+    assert too_early is None
+    assert world.claim("t2") is not None
 
 
 def test_giving_back_the_last_attempt_fails(world: World) -> None:
@@ -157,7 +170,7 @@ def test_giving_back_the_last_attempt_fails(world: World) -> None:
         claim = world.claim()
         assert claim is not None
         with write(world.engine) as tx:
-            jobs.give_back(tx, claim, charge=True, reason="out of memory")
+            jobs.give_back(tx, claim, charge=True, reason="out of memory", lease_s=0)
 
     job = world.job(claim.job_id)
     assert job.state == JobState.FAILED

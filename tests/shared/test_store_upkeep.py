@@ -61,6 +61,24 @@ def test_two_checkpoints_are_kept(world: World) -> None:
     assert newest(world, claim) == 4
 
 
+def test_checkpoints_of_a_later_claim_are_newer(world: World) -> None:
+    """A job that had to go back to an earlier step keeps and resumes from what it saves there."""
+    claim = world.running()
+    for step in (100, 200):
+        checkpoint(world, claim, step)
+    with write(world.engine) as tx:
+        jobs.give_back(tx, claim, charge=False, reason="x")
+    again = world.claim()
+    assert again is not None
+    path = checkpoint(world, again, 50)
+    with write(world.engine) as tx:
+        forgotten = checkpoints.forget_old(tx, claim.job_id)
+
+    assert [row.step for row in forgotten] == [100]
+    assert path.exists()
+    assert newest(world, again) == 50
+
+
 def test_old_staging_goes_young_stays(layout: Layout) -> None:
     """What was staged over a day ago is removed, links are not followed."""
     (layout.root / "files" / "keep").write_text("k")
