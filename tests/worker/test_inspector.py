@@ -92,7 +92,8 @@ def trained(base: BaseModel, path: Path, spec: TrainSpec) -> tuple[int, int, int
 
     job = TrainingJob(
         job_id="ftjob-1", spec=spec, train_path=path, checkpoint_due=lambda: False,
-        save_checkpoint=lambda *_: None, on_event=lambda *_: None, on_step=lambda report: labels.append(report.num_label_tokens),
+        save_checkpoint=lambda *_: None, on_event=lambda *_: None,
+        on_step=lambda report: labels.append(report.num_label_tokens),
         order=lambda: Order.GO_ON,
     )  # fmt: skip
     try:

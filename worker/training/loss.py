@@ -65,11 +65,6 @@ def weighted_loss(hidden_NH: Tensor, targets_N: Tensor, weights_N: Tensor, head:
     return total, losses_N
 
 
-def loss_sum(hidden_NH: Tensor, targets_N: Tensor, head: LogitHead) -> Tensor:
-    """The sum of all positions' losses, each of weight 1."""
-    return weighted_loss(hidden_NH, targets_N, torch.ones(len(targets_N), device=hidden_NH.device), head)[0]
-
-
 @dataclass(frozen=True)
 class Score:
     """What a model makes of given labels: summed loss in nats, and how many labels it ranks first, of how many."""

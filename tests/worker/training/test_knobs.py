@@ -1,5 +1,5 @@
-"""What a spec may ask of a training beyond steps and rates: evaluation, early stopping, the best adapter, a time budget,
-a held-out split, and where to start from."""
+"""What a spec may ask of a training beyond steps and rates: evaluation, early stopping, the best adapter, a time
+budget, a held-out split, and where to start from."""
 
 import time
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def test_the_best_adapter_is_published_when_asked(
     write_lines: Lines,
     tmp_path: Path,
 ) -> None:
-    """'best' publishes the adapter of the evaluation with the lowest loss, even one before a resume; 'last' the last."""
+    """'best' publishes the adapter of the evaluation with the lowest loss, even of before a resume; 'last' the last."""
     valid = write_lines(UNLIKE, "valid.jsonl")
     limits = {"max_steps": 45, "batch_size": 8, "learning_rate": 0.1, "eval_every": 3, "lr_schedule": "constant"}
     best, last = recorder(**limits, publish="best"), recorder(**limits)

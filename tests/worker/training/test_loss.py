@@ -1,22 +1,14 @@
 """The chunked loss against torch's own cross-entropy, and the head against the models' own logits."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, PreTrainedConfig
 
 from tests.worker.conftest import TOKEN_IDS, random_model
-from tests.worker.training.conftest import PAIRS, Recorder
 from worker.attention import packed_segments
-from worker.base_model import BaseModel
-from worker.lora.manager import AdapterManager
 from worker.training import loss
-from worker.training.loss import LogitHead, head_of, loss_sum, score, weighted_loss
-from worker.training.run import TrainingRun
+from worker.training.loss import LogitHead, head_of, score, weighted_loss
 
 HEADS = {
     "plain": (1.0, None, False),
@@ -43,6 +35,11 @@ def plain_loss(hidden: Tensor, targets: Tensor, head: LogitHead) -> Tensor:
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def loss_sum(hidden: Tensor, targets: Tensor, head: LogitHead) -> Tensor:
+    """The loss of all positions, each of weight 1."""
+    return weighted_loss(hidden, targets, torch.ones(len(targets)), head)[0]
 
 
 @pytest.fixture(params=[2, 1 << 20], ids=["chunks of 2", "one chunk"])
@@ -168,49 +165,3 @@ def test_head_gives_the_models_logits(config: PreTrainedConfig, is_plain: bool) 
 
     torch.testing.assert_close(head.logits(hidden[0]), expected[0])
     assert torch.allclose(LogitHead(head.weight, head.bias, 1.0, None).logits(hidden[0]), expected[0]) == is_plain
-
-
-@pytest.mark.parametrize("architecture", ["tiny_opt", "tiny_gpt2", "tiny_llama"])
-def test_packed_equals_one_by_one(
-    architecture: str,
-    request: pytest.FixtureRequest,
-    llama_base: BaseModel,
-    recorder: Callable[..., Recorder],
-    train_file: Path,
-) -> None:
-    """Loss and gradients of a packed stream are the sums over its samples, run alone through the plain model."""
-    model: PreTrainedModel = request.getfixturevalue(architecture)
-    run, manager = run_over(model, llama_base, recorder(lora={"target_modules": "all-linear"}), train_file)
-    samples = range(len(PAIRS))
-    with run.attached():
-        parameters = manager.parameters("ftjob-1")
-        with torch.no_grad():
-            for name, parameter in parameters.items():  # B = 0 would hide A's gradients
-                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-        packed = loss_sum(*run._hidden_and_targets(run._train, samples), head_of(model))
-        packed_grads = torch.autograd.grad(packed, [*parameters.values()])
-        manager.activate("ftjob-1")
-        alone = torch.stack([plain_model_loss(model, *run._train[i]) for i in samples]).sum()
-        alone_grads = torch.autograd.grad(alone, [*parameters.values()])
-        manager.deactivate()
-
-    # fp32: sums over up to 176 tokens in another order.
-    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=0)
-    for ours, expected in zip(packed_grads, alone_grads, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-        assert expected.abs().max() > 0
-
-
-def run_over(
-    model: PreTrainedModel, like: BaseModel, seen: Recorder, train_file: Path
-) -> tuple[TrainingRun, AdapterManager]:
-    base = replace(like, model=model.requires_grad_(False))
-    manager = AdapterManager(model)
-    return TrainingRun(seen.job(train_file), base, manager, max_tokens=4096, between_samples=lambda: None), manager
-
-
-def plain_model_loss(model: PreTrainedModel, tokens: Tensor, is_label: Tensor) -> Tensor:
-    """Transformers' own loss of one sample, summed over its labels."""
-    ids = tokens.long()
-    labels = ids.masked_fill(~is_label, -100)
-    return model(ids[None], labels=labels[None]).loss * int(is_label.sum())
