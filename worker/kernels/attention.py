@@ -3,6 +3,7 @@
 # Shapes: T tokens of the stream, n tokens of one segment, H query heads, G key-value heads, D head width.
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final
 
@@ -12,9 +13,6 @@ from torch.autograd.function import once_differentiable
 
 LONGEST: Final = 512
 """Tokens. On longer segments torch's fused attention, which skips the masked half of all scores, is as fast."""
-LONGEST_KEPT: Final = 256
-"""Tokens. Up to here the weights (H n^2 numbers) are kept for backward; above, backward forms them again."""
-
 MaskOf = Callable[[int], Tensor | None]
 """From a segment's length to its window as (n, n) booleans, True where a query may look; None: causal only."""
 
@@ -42,10 +40,10 @@ class _SegmentAttention(torch.autograd.Function):
         for rows, q_GmD, k_GnD, v_GnD in _segments(bounds, groups, q_1HTD, k_1GTD, v_1GTD):
             w_Gmn = _weights(q_GmD, k_GnD, scaling, window_of)
             out_THD[rows] = (w_Gmn @ v_GnD).view(heads, -1, out_THD.shape[-1]).transpose(0, 1)
-            if any(ctx.needs_input_grad) and w_Gmn.shape[-1] <= LONGEST_KEPT:
+            if any(ctx.needs_input_grad):
                 kept.append(w_Gmn)
         ctx.save_for_backward(q_1HTD, k_1GTD, v_1GTD, *kept)
-        ctx.bounds, ctx.scaling, ctx.window_of = bounds, scaling, window_of
+        ctx.bounds, ctx.scaling = bounds, scaling
         return out_THD[None]
 
     @staticmethod
@@ -57,8 +55,7 @@ class _SegmentAttention(torch.autograd.Function):
         weights = iter(kept)
         parts = _segments(ctx.bounds, groups, q_1HTD, k_1GTD, v_1GTD, d_out_1THD.transpose(1, 2))
         for rows, q_GmD, k_GnD, v_GnD, g_GmD in parts:
-            is_kept = k_GnD.shape[1] <= LONGEST_KEPT
-            w_Gmn = next(weights) if is_kept else _weights(q_GmD, k_GnD, ctx.scaling, ctx.window_of)
+            w_Gmn = next(weights)
             dv_1GTD[0, :, rows] = w_Gmn.mT @ g_GmD
             dw_Gmn = g_GmD @ v_GnD.mT
             ds_Gmn = torch._softmax_backward_data(dw_Gmn, w_Gmn, -1, w_Gmn.dtype)
@@ -79,9 +76,15 @@ def _weights(q_GmD: Tensor, k_GnD: Tensor, scaling: float, window_of: MaskOf) ->
     scores_Gmn = q_GmD @ k_GnD.mT
     n = k_GnD.shape[1]
     window_nn = window_of(n)
-    mask_nn = torch.full((n, n), -torch.inf, dtype=scores_Gmn.dtype, device=scores_Gmn.device).triu_(1)
+    mask_nn = _causal_mask(n, scores_Gmn.dtype, scores_Gmn.device)
     if window_nn is not None:
-        mask_nn.masked_fill_(~window_nn, -torch.inf)
+        mask_nn = mask_nn.masked_fill(~window_nn, -torch.inf)
     scores_Hnn = scores_Gmn.view(-1, n, n)
     torch.add(mask_nn, scores_Hnn, alpha=scaling, out=scores_Hnn)
     return torch.softmax(scores_Gmn, dim=-1)
+
+
+@lru_cache(maxsize=64)
+def _causal_mask(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n, n): 0 where a query may look, -inf in its future. Shared by all layers and steps: do not write to it."""
+    return torch.full((n, n), -torch.inf, dtype=dtype, device=device).triu_(1)

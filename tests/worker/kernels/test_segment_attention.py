@@ -49,13 +49,6 @@ def each_by_torch(q: Tensor, k: Tensor, v: Tensor, scaling: float, *, is_windowe
     return torch.cat(parts, dim=2).transpose(1, 2)
 
 
-@pytest.fixture(params=[True, False], ids=["weights kept", "weights formed again"])
-def _keeping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.param:
-        monkeypatch.setattr(kernel, "LONGEST_KEPT", 5)
-
-
-@pytest.mark.usefixtures("_keeping")
 @pytest.mark.parametrize("is_windowed", [False, True], ids=["causal", "window of 4"])
 def test_equals_torchs_attention(is_windowed: bool) -> None:
     """Values and gradients are those of torch's attention over each segment by itself, to float64 rounding."""
@@ -73,7 +66,6 @@ def test_equals_torchs_attention(is_windowed: bool) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.usefixtures("_keeping")
 def test_gradient_is_the_derivative() -> None:
     """The hand-written gradients agree with finite differences of the values."""
     inputs = stream(torch.float64)
