@@ -42,19 +42,23 @@ def engine(base: BaseModel) -> Iterator[TrainingEngine]:
     engine.close()
 
 
-@pytest.fixture
-def world(fresh_sqlite_url: str, tmp_path: Path) -> Iterator[World]:
-    """A ledger on SQLite with the eight lines as training file."""
-    database, layout = open_engine(fresh_sqlite_url), Layout(tmp_path / "data")
+def world_on(database_url: str, data_dir: Path) -> World:
+    """A ledger with the eight lines as training file."""
+    database, layout = open_engine(database_url), Layout(data_dir)
     layout.prepare()
     world = make_world(database, layout)
     lines = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
     with write(database) as tx:
-        world.file_id = files.add_bytes(
-            tx, layout, lines, tenant="acme", purpose="fine-tune", filename="train.jsonl"
-        ).id
+        file = files.add_bytes(tx, layout, lines, tenant="acme", purpose="fine-tune", filename="train.jsonl")
+    return dataclasses.replace(world, file_id=file.id)
+
+
+@pytest.fixture
+def world(fresh_sqlite_url: str, data_dir: Path) -> Iterator[World]:
+    """On SQLite."""
+    world = world_on(fresh_sqlite_url, data_dir)
     yield world
-    database.dispose()
+    world.engine.dispose()
 
 
 def settings_of(world: World) -> Settings:
@@ -189,6 +193,20 @@ def test_an_event_that_cannot_be_written_stops_nothing(
     assert beaten[0] > before
     assert world.state(claim.job_id) == JobState.SUCCEEDED
     assert [row["step"] for row in table_of(world, claim.job_id)] == ["1", "3", "4"]
+
+
+def test_an_event_that_postgres_refuses_is_left_out(fresh_postgres_url: str, data_dir: Path) -> None:
+    """Its JSON has no NaN; the refusal takes neither the events before nor those after with it."""
+    world = world_on(fresh_postgres_url, data_dir)
+    claim = world.running(spec=spec_of())
+    run = JobRun(claim, settings=settings_of(world), database=world.engine, layout=world.layout)
+    for message, number in (("before", 1.0), ("refused", float("nan")), ("after", 2.0)):
+        run._add_event("info", "message", message, {"number": number})
+    run._flush()
+    messages = world.messages(claim.job_id)
+    world.engine.dispose()
+
+    assert messages[-2:] == ["before", "after"]
 
 
 @pytest.mark.parametrize(("error", "tries"), [(OperationalError, 2), (DataError, 1)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.errors import TrainingFailed
 from shared.specs import LoraSpec, Order, TrainSpec
 from tests.worker.training.conftest import PAIRS, Recorder
 from worker.base_model import BaseModel
@@ -265,6 +266,17 @@ def test_the_newest_fitting_checkpoint_wins(
 
     assert [report.step for report in second.reports] == list(range(4, 10))
     assert (tmp_path / "resumed" / "adapter_model.safetensors").read_bytes() == uninterrupted
+
+
+def test_a_start_that_was_left_out_is_not_made_up(
+    disk_base: BaseModel, recorder: Recorders, train_file: Path, engine_for: Engines, checkpoint: Path
+) -> None:
+    """A job from an adapter that comes with checkpoints only, none of which fits, fails instead of starting fresh."""
+    seen = recorder(init_from="adv-" + "0" * 32)
+
+    with pytest.raises(TrainingFailed, match="nor is the adapter to start from") as failure:
+        engine_for(disk_base).submit(seen.job(train_file, resume_from=[checkpoint])).result()
+    assert failure.value.error_code == "cannot_resume"
 
 
 def test_checkpoint_holds_no_pickle(checkpoint: Path) -> None:
