@@ -80,7 +80,7 @@ def test_the_best_adapter_is_published_when_asked(
 ) -> None:
     """'best' publishes the adapter of the evaluation with the lowest loss, even of before a resume; 'last' the last."""
     valid = write_lines(UNLIKE, "valid.jsonl")
-    limits = {"max_steps": 45, "batch_size": 8, "learning_rate": 0.1, "eval_every": 3, "lr_schedule": "constant"}
+    limits = {"max_steps": 45, "batch_size": 8, "learning_rate": 0.04, "eval_every": 3, "lr_schedule": "constant"}
     best, last = recorder(**limits, publish="best"), recorder(**limits)
     engine = engine_for(llama_base, max_tokens=4096)
     last_tensors = written(engine.submit(last.job(train_file, valid_path=valid)).result(), tmp_path / "last")
