@@ -16,7 +16,7 @@ class Plan:
     threads: int = 2
     rounds: int = 5
     """At most; as many as the time allows."""
-    warmup_steps: int = 1
+    warmup_steps: int = 2
     timed_steps: int = 3
     batch_size: int = 8
     learning_rate: float = 1e-3
