@@ -5,6 +5,7 @@ Every write is one `BEGIN IMMEDIATE` on SQLite: a transaction that reads first a
 """
 
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from shared.errors import InvalidRequest, SchemaTooNew, StartupError
 from shared.tables import Table
 
 MIGRATION_LOCK: Final = 0x6C6F7261  # any number that nobody else locks
+SQLITE_WAIT_S: Final = 10
+"""How long a transaction waits for another program's."""
 
 Tx = Session
 """An open transaction. Functions that take one commit nothing."""
@@ -47,7 +50,7 @@ def open_engine(url: str) -> Engine:
             url = "postgresql+psycopg://" + url.removeprefix(prefix)
     if not url.startswith("sqlite"):
         return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
-    engine = create_engine(url, connect_args={"timeout": 10.0, "check_same_thread": False})
+    engine = create_engine(url, connect_args={"timeout": float(SQLITE_WAIT_S), "check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -55,8 +58,23 @@ def open_engine(url: str) -> Engine:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
+    for pragma in (f"busy_timeout={SQLITE_WAIT_S * 1000}", "synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}")
+    _use_wal(connection)
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log. The first switch needs the file alone, and SQLite refuses it at once while another
+    program makes it, whatever the busy timeout; so we wait."""
+    until_s = time.monotonic() + SQLITE_WAIT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until_s:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Any) -> None:

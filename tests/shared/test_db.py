@@ -73,8 +73,8 @@ def test_migrating_twice_is_once(engine: Engine) -> None:
 
 
 def test_concurrent_migrations_wait(empty_engine: Engine) -> None:
-    """Two services that start together both end up with the schema."""
-    barrier, errors = threading.Barrier(2), []
+    """Eight services that start together all end up with the schema."""
+    barrier, errors = threading.Barrier(8), []
 
     def run() -> None:
         barrier.wait()
@@ -83,7 +83,7 @@ def test_concurrent_migrations_wait(empty_engine: Engine) -> None:
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
