@@ -4,22 +4,26 @@ from collections.abc import Callable
 
 from torch import nn
 
-from worker.kernels.norms import is_rms_norm, lean_forward
+from worker.kernels import norms, swiglu
 
 
 def accelerate(model: nn.Module) -> Callable[[], None]:
     """Make training over the frozen `model` faster and smaller in memory; returns what puts it back as it was.
 
-    Every RMSNorm gets a hand-written backward: values stay the same bit for bit, gradients equal within rounding.
-    No module, name, parameter or buffer changes, so adapters attach and detach as ever. Architectures without an
-    RMSNorm stay as they are. Call it once, after loading; weights must not change afterwards.
+    Every RMSNorm, and every MLP gated by a SiLU, gets a hand-written backward that keeps less: values stay the same bit
+    for bit, gradients equal within rounding. No module, name, parameter or buffer changes, so adapters attach and
+    detach as ever. What is neither stays as it is. Call it once, after loading and before adapters are attached; base
+    weights must not change afterwards.
     """
-    norms = [module for module in model.modules() if is_rms_norm(module)]
-    for norm in norms:
-        norm.forward = lean_forward(norm)  # of this instance alone
+    changed = []
+    for module in model.modules():
+        kind = norms if norms.is_rms_norm(module) else swiglu if swiglu.is_gated_mlp(module) else None
+        if kind is not None:
+            module.forward = kind.lean_forward(module)  # of this instance alone
+            changed.append(module)
 
     def undo() -> None:
-        for norm in norms:
-            norm.__dict__.pop("forward", None)
+        for module in changed:
+            module.__dict__.pop("forward", None)
 
     return undo

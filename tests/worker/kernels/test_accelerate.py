@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from shared.specs import LoraSpec
@@ -15,11 +16,14 @@ from tests.worker.test_attention import LENGTHS, every_architecture, make_model,
 from worker.attention import packed_segments
 from worker.kernels import accelerate
 from worker.kernels.norms import is_rms_norm, lean_forward
+from worker.kernels.swiglu import is_gated_mlp, swiglu
 from worker.lora.manager import AdapterManager
 
 __all__ = ["make_model"]  # a fixture
 
 WITH_RMS_NORM = {"gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+
+WITH_GATED_MLP = {"cohere", "granite", "llama", "mistral", "olmo2", "qwen2", "qwen3", "stablelm"}
 
 
 def hidden_and_gradients(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,14 +70,15 @@ def test_training_is_the_same(
 
 
 @every_architecture
-def test_rms_norms_are_found(make_model: Callable[..., PreTrainedModel], model_type: str) -> None:
-    """Every architecture with RMSNorms has them accelerated; a LayerNorm is never taken for one."""
+def test_what_can_be_faster_is_found(make_model: Callable[..., PreTrainedModel], model_type: str) -> None:
+    """Every RMSNorm and every MLP gated by a SiLU is accelerated; a LayerNorm or another MLP never."""
     model = make_model(model_type)
     accelerate(model)
 
     changed = {type(module).__name__ for module in model.modules() if "forward" in module.__dict__}
-    assert bool(changed) == (model_type in WITH_RMS_NORM)
-    assert all(name.endswith("RMSNorm") for name in changed)
+    assert any(name.endswith("RMSNorm") for name in changed) == (model_type in WITH_RMS_NORM)
+    assert any(name.endswith("MLP") for name in changed) == (model_type in WITH_GATED_MLP)
+    assert all(name.endswith(("RMSNorm", "MLP")) for name in changed)
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, Gemma2RMSNorm, Olmo2RMSNorm])
@@ -91,6 +96,24 @@ def test_gradient_is_the_derivative(kind: type[torch.nn.Module]) -> None:
     (grad,) = torch.autograd.grad((lean_forward(norm)(narrow) * weights).sum(), narrow)
 
     torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu_gradient_is_the_derivative() -> None:
+    """In float64, against finite differences, for both inputs; and it is torch's own product."""
+    draws = torch.Generator().manual_seed(3)
+    gate, up = (torch.randn(3, 5, generator=draws, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    assert torch.equal(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
+
+
+def test_another_activation_is_no_gated_mlp() -> None:
+    """An MLP of the same parts with another activation keeps its own forward."""
+    config = LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2)
+
+    assert is_gated_mlp(LlamaMLP(config))
+    config.hidden_act = "gelu"
+    assert not is_gated_mlp(LlamaMLP(config))
 
 
 def test_something_else_is_no_rms_norm() -> None:
