@@ -36,7 +36,7 @@ class TrainingRun:
     """A job from its tokens to its trained adapter. It is at one of three points:
 
     in a step      `next_train_part`, `absorb`, until `is_step_whole`; then `end_step`
-    evaluating     `next_valid_part`, `judge`; then `end_evaluation`. Between the two, `is_evaluating` is true
+    evaluating     `next_valid_part`, `judge`, for as long as `is_evaluating`
     between steps  `is_between_steps`: `save_checkpoint`, `result`, or the next step
 
     An optimizer step sees `batch_size` samples, or what is left of the epoch. Uses the model's thread.

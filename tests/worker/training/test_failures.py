@@ -230,17 +230,16 @@ def test_a_hung_process_ends_itself(
 
 def test_a_slow_turn_is_not_hung() -> None:
     """A turn may take as long as the floor, and as long as twenty of the usual; beyond both it is overdue."""
-    pulse = Pulse()
+    now_s = 0.0
+    pulse = Pulse(lambda: now_s)
     for _ in range(3):
         with pulse.turn():
-            time.sleep(0.02)
+            now_s += 2
     with pulse.turn():
-        time.sleep(0.1)
-        within_median, within_floor = pulse.overdue_s(floor_s=0.001), pulse.overdue_s(floor_s=60)
-        time.sleep(0.6)
-        overdue_s = pulse.overdue_s(floor_s=0.001)
+        now_s += 39
+        within_median = pulse.overdue_s(floor_s=1)
+        now_s += 2
+        overdue_s, within_floor = pulse.overdue_s(floor_s=1), pulse.overdue_s(floor_s=60)
 
-    assert (within_median, within_floor) == (None, None)
-    assert overdue_s is not None
-    assert overdue_s > 0.6
-    assert pulse.overdue_s(floor_s=0.001) is None
+    assert (within_median, overdue_s, within_floor) == (None, 41, None)
+    assert pulse.overdue_s(floor_s=1) is None
