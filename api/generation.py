@@ -14,7 +14,7 @@ from api.call import Call
 from api.schemas.completions import Sampling
 from shared import ids, limits
 from shared.errors import InvalidRequest, LoradError, Unavailable
-from shared.specs import Chunk, GenerationRequest, Message, Usage
+from shared.specs import AdapterShare, Chunk, GenerationRequest, Message, Usage
 from shared.store.models import resolve_model
 from shared.tables import BaseModelRow
 
@@ -107,7 +107,8 @@ def begin(
             GenerationRequest(
                 request_id=request_id,
                 base_model_id=model.base.id,
-                adapter_version_id=model.version.id if model.version else None,
+                tenant=call.tenant,
+                adapters=[AdapterShare(version_id=model.version.id)] if model.version else [],
                 messages=messages,
                 prompt=prompt,
                 max_tokens=max_tokens,

@@ -111,23 +111,55 @@ class Message(Spec):
     content: str
 
 
-class GenerationRequest(Spec):
-    """One answer to make. Exactly one of `messages` (chat) and `prompt` (raw, may hold special tokens) is set.
+class AdapterShare(Spec):
+    """One adapter version and how strongly it counts: 1 is the adapter as it was trained."""
 
-    `adapter_version_id` None means the bare base model. `deadline_unix_s` is wall time after which nobody listens.
+    version_id: str
+    weight: Annotated[float, Field(ge=-limits.MAX_MIX_WEIGHT, le=limits.MAX_MIX_WEIGHT)] = 1.0
+
+
+class ResponseFormat(Spec):
+    """What the text of an answer must be: any JSON object, or JSON that a JSON Schema accepts."""
+
+    type: Literal["json_object", "json_schema"]
+    json_schema: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _schema_iff_asked(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("a json_schema is given exactly with type json_schema")
+        return self
+
+
+class GenerationRequest(Spec):
+    """The answers to make to one input: `n` choices. Exactly one of `messages` (chat) and `prompt` is set.
+
+    A prompt is raw, may hold special tokens, and is text or token ids. `adapters` empty means the bare base model;
+    several are one mix, the sum of their updates by weight. `logprobs` asks for the log-probability of each generated
+    token and that many of the likeliest. `deadline_unix_s` is wall time after which nobody listens.
     """
 
     request_id: str
+    tenant: str = "default"
     base_model_id: str
-    adapter_version_id: str | None
+    adapters: Annotated[list[AdapterShare], Field(max_length=limits.MAX_MIX)] = []
     messages: list[Message] | None = None
-    prompt: str | None = None
+    prompt: str | list[Annotated[int, Field(ge=0)]] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MAX_CHOICES)] = 1
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] = 1.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     seed: int | None = None
     stop: Annotated[list[str], Field(max_length=limits.MAX_STOP_STRINGS)] = []
+    ignore_eos: bool = False
+    echo: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
     deadline_unix_s: float
 
     @model_validator(mode="after")
@@ -136,10 +168,33 @@ class GenerationRequest(Spec):
             raise ValueError("exactly one of messages and prompt must be set")
         return self
 
+    @model_validator(mode="after")
+    def _each_adapter_once(self) -> "GenerationRequest":
+        ids = [share.version_id for share in self.adapters]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"an adapter version is in the mix more than once: {', '.join(ids)}")
+        return self
+
 
 class Usage(Spec):
+    """Tokens of one request; the completion's are those of all choices together."""
+
     prompt_tokens: int
     completion_tokens: int
+
+
+class TokenLogprob(Spec):
+    """A token as text and as bytes, and the natural logarithm of its probability before temperature and cuts."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class GeneratedToken(TokenLogprob):
+    """A token that was chosen, with the likeliest ones at its place, likeliest first."""
+
+    top: list[TokenLogprob] = []
 
 
 class ChunkError(Spec):
@@ -149,13 +204,16 @@ class ChunkError(Spec):
 
 
 class Chunk(Spec):
-    """A piece of an answer. The last chunk of a request has `finish_reason` and `usage`, or `error`; no other has.
+    """A piece of choice number `index` of an answer. The last piece of each choice has `finish_reason`.
 
-    The first chunk may have empty text: it says that the request was accepted and its prompt read.
+    The last chunk of a request has `usage`, or `error`; no other has. The first chunk of a choice may have empty text:
+    it says that the request was accepted and its prompt read. `logprobs` are of tokens not told before.
     `fingerprint` is a digest over base and adapter weights.
     """
 
+    index: int = 0
     text: str = ""
+    logprobs: list[GeneratedToken] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     usage: Usage | None = None
     fingerprint: str | None = None
@@ -163,7 +221,7 @@ class Chunk(Spec):
 
     @property
     def is_last(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
+        return self.usage is not None or self.error is not None
 
 
 class InspectionRequest(Spec):

@@ -168,7 +168,7 @@ def test_an_adapter_names_its_version(api: Api) -> None:
     answer = api.sdk().chat.completions.create(model="math", messages=[{"role": "user", "content": "hi"}])
 
     assert answer.model == "math@1"
-    assert api.generator.requests[-1].adapter_version_id == version.id
+    assert api.generator.requests[-1].adapters[0].version_id == version.id
 
 
 def test_an_error_carries_the_request_id(api: Api) -> None:

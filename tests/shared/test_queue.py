@@ -44,7 +44,6 @@ def request_for(base: str = "base-1", *, seconds: float = 20.0, **fields: Any) -
     return GenerationRequest(
         request_id=ids.new_id(ids.REQUEST),
         base_model_id=base,
-        adapter_version_id=None,
         messages=[Message(role="user", content="hi")],
         deadline_unix_s=time.time() + seconds,
         **fields,

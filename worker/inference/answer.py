@@ -26,7 +26,7 @@ class Answer:
         detokeniser: Detokeniser,
         eos_token_ids: frozenset[int],
     ) -> None:
-        self.adapter = request.adapter_version_id
+        self.adapter = request.adapters[0].version_id if request.adapters else None
         self.prompt = prompt
         self.stream = stream
         self.deadline_unix_s = request.deadline_unix_s

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import decoders
 
-from shared.specs import Chunk, ChunkError, GenerationRequest, LoraSpec, Usage
+from shared.specs import AdapterShare, Chunk, ChunkError, GenerationRequest, LoraSpec, Usage
 from worker.base_model import BaseModel
 from worker.inference.engine import InferenceEngine
 from worker.inference.stream import ChunkStream
@@ -79,8 +79,9 @@ def start(base: BaseModel, shelf: AdapterShelf) -> Iterator[StartEngine]:
 def ask(prompt: str, adapter: str | None = None, **changed: Any) -> GenerationRequest:
     """A greedy request for 12 tokens, unless `changed`."""
     options: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "deadline_unix_s": time.time() + WAIT_S}
+    shares = [AdapterShare(version_id=adapter)] if adapter else []
     return GenerationRequest(
-        request_id="req", base_model_id="base", adapter_version_id=adapter, prompt=prompt, **options | changed
+        request_id="req", base_model_id="base", adapters=shares, prompt=prompt, **options | changed
     )
 
 

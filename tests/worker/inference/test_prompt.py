@@ -14,7 +14,7 @@ from worker.inference.prompt import DEFAULT_MAX_TOKENS, PromptReader
 
 def request(**given: Any) -> GenerationRequest:
     return GenerationRequest(
-        request_id="r", base_model_id="b", adapter_version_id=None, deadline_unix_s=time.time() + 60, **given
+        request_id="r", base_model_id="b", deadline_unix_s=time.time() + 60, **given
     )
 
 
