@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar
 
@@ -17,7 +18,8 @@ log = logging.getLogger(__name__)
 PREFIX: Final = "lorad:"
 """All keys on the broker begin with it."""
 ANSWERS_EXPIRE_S: Final = 600
-BLOCK_MS: Final = 1000
+BLOCK_MS: Final = 250
+"""A reader that waits looks up this often."""
 
 Piece = TypeVar("Piece", Chunk, Inspection)
 
@@ -73,9 +75,14 @@ class AnswerReader(Generic[Piece]):
         except redis.RedisError as failure:
             log.warning("request %s could not be ended on the broker: %s", self._request_id, failure)
 
-    def next(self, *, until_unix_s: float) -> Piece | None:
-        """The next piece, as soon as it is there; None if none comes in time. Raises Unavailable."""
+    def next(self, *, until_unix_s: float, look_up: Callable[[], None] | None = None) -> Piece | None:
+        """The next piece, as soon as it is there; None if none comes in time. Raises Unavailable.
+
+        While nothing is there `look_up` is called every BLOCK_MS: what it raises ends the wait.
+        """
         while not self._waiting:
+            if look_up is not None:
+                look_up()
             remaining_ms = int((until_unix_s - time.time()) * 1000)
             if remaining_ms <= 0:
                 return None

@@ -6,7 +6,7 @@ result backend, no prefetch, and a publisher that gives up after 2 s instead of 
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 import redis
@@ -130,11 +130,12 @@ class Queue:
             return False
         return True
 
-    def generate(self, request: GenerationRequest) -> Iterator[Chunk]:
-        """The chunks of one answer, the last with finish_reason or error.
+    def generate(self, request: GenerationRequest, *, look_up: Callable[[], None] | None = None) -> Iterator[Chunk]:
+        """The chunks of one answer, the last with usage or error.
 
         Raises on the call: Unavailable (broker down), QueueFull. Raises on iteration: GenerationTimeout after
-        `deadline_unix_s`, Unavailable. Closing the iterator before its end cancels the request.
+        `deadline_unix_s`, Unavailable, and what `look_up` raises, which is called between chunks and several times a
+        second. Closing the iterator before its end, and any error but the generator's own, cancels the request.
         """
         if not ids.is_id(request.request_id, ids.REQUEST):
             raise InvalidRequest("request_id is not an id")
@@ -143,7 +144,7 @@ class Queue:
             raise QueueFull
         remaining_s = max(request.deadline_unix_s - time.time(), 0.0)
         self._send(GENERATE_TASK, queue, [request.model_dump(mode="json")], expires=remaining_s)
-        return self._chunks(request)
+        return self._chunks(request, look_up)
 
     def writer(self, request_id: str) -> ChunkWriter:
         """Where a generator writes the answer to this request."""
@@ -215,11 +216,11 @@ class Queue:
         except (OperationalError, redis.RedisError, OSError) as error:
             raise Unavailable("the broker does not answer") from error
 
-    def _chunks(self, request: GenerationRequest) -> Iterator[Chunk]:
+    def _chunks(self, request: GenerationRequest, look_up: Callable[[], None] | None) -> Iterator[Chunk]:
         """The chunks as they come. Leaves the cancel flag behind unless the last chunk was reached."""
         with AnswerReader(self._client, request.request_id, Chunk) as answer:
             while True:
-                chunk = answer.next(until_unix_s=request.deadline_unix_s)
+                chunk = answer.next(until_unix_s=request.deadline_unix_s, look_up=look_up)
                 if chunk is None:
                     raise GenerationTimeout
                 yield chunk
