@@ -1,81 +1,143 @@
-"""One request's choice of the next token."""
+"""The next token of every row that is being generated."""
 
-# Shapes: B rows, V vocabulary, K candidates.
+# Shapes: B rows, V vocabulary.
 
-import math
+import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from worker.inference import logprobs
+from worker.inference.cuts import Cuts
+from worker.inference.penalties import Penalties
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to choose: at temperature 0 the likeliest token, else by chance.
 
-    By chance means p = softmax(logits / temperature), cut to the `top_k` likeliest tokens (0: all), then to the fewest
-    likeliest that together have at least `top_p` of what is left (1: all). `seed` None draws one.
-    Source of top_p: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
-    """
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A row's next token. `logprob` and `top`, (token id, logprob) likeliest first, are there where they were asked for."""
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Constraint(Protocol):
+    """Says which tokens may come next in one sequence."""
+
+    def mask(self, logits_V: NDArray[np.float32]) -> None:
+        """Put -inf in the place of every token that may not come next."""
+
+    def add(self, token_id: int) -> None:
+        """The sequence has got this token, which `mask` allowed."""
 
 
 class Sampler:
-    """Draws tokens for one request from a random stream of its own: one number per token, whoever else is served."""
+    """How one sequence chooses: penalties, then the constraint, then the likeliest at temperature 0 or else by chance.
 
-    def __init__(self, sampling: Sampling) -> None:
-        self.sampling = sampling
-        self._draws = torch.Generator()
-        if sampling.seed is None:
-            self._draws.seed()
-        else:
-            self._draws.manual_seed(sampling.seed % (1 << 63))
+    Draw number t is a function of the seed and t alone, so nothing that happens to other rows changes it. `seed` None
+    draws one. `num_top` None asks for no log-probabilities.
+    """
 
-    def choose(self, logits_V: Tensor) -> int:
-        """A token id, by inverse transform: the first whose cumulative probability exceeds a uniform draw.
+    def __init__(
+        self,
+        cuts: Cuts,
+        *,
+        seed: int | None = None,
+        penalties: Penalties | None = None,
+        constraint: Constraint | None = None,
+        num_top: int | None = None,
+    ) -> None:
+        self.cuts = cuts
+        self.num_top = num_top
+        self._penalties = None if penalties is None or penalties.are_neutral else penalties
+        self._constraint = constraint
+        self._seed = secrets.randbits(64) if seed is None else seed
+        self._num_draws = 0
 
-        Computed in float64 on the CPU, so that the rounding of another batch shape all but never changes the choice.
-        """
-        if self.sampling.temperature == 0:
-            return int(logits_V.argmax())
-        p_V = self.probabilities(logits_V)
-        cumulative_V = p_V.cumsum(0)
-        draw = torch.rand((), dtype=torch.float64, generator=self._draws) * cumulative_V[-1]
-        chosen = int(torch.searchsorted(cumulative_V, draw, right=True))
-        return min(chosen, int(p_V.nonzero()[-1]))
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """True if nothing but the row's largest logit has to be known."""
+        return (
+            self.cuts.temperature == 0
+            and self.num_top is None
+            and self._penalties is None
+            and self._constraint is None
+        )
 
-    def probabilities(self, logits_V: Tensor) -> Tensor:
-        """What `choose` draws from at a temperature above 0: (V,), float64 on the CPU, 0 where cut off."""
-        above_V = logits_V.to("cpu", torch.float64)
-        p_V = torch.softmax((above_V - above_V.max()) / self.sampling.temperature, dim=0)
-        if 0 < self.sampling.top_k < len(p_V):
-            kept_K = p_V.topk(self.sampling.top_k).indices
-            p_V = torch.zeros_like(p_V).index_copy_(0, kept_K, p_V[kept_K])
-            p_V /= p_V.sum()
-        if self.sampling.top_p < 1:
-            sorted_V, order_V = p_V.sort(descending=True, stable=True)
-            # A token stays if those before it do not have top_p yet; the first always does.
-            kept_V = sorted_V.cumsum(0) - sorted_V < self.sampling.top_p
-            p_V = p_V.index_fill(0, order_V[~kept_V], 0.0)
-            p_V /= p_V.sum()
-        return p_V
+    def choose(self, logits_V: NDArray[np.float32], likeliest: int) -> Chosen:
+        """The next token, given the id of the largest logit; the logits are left alone."""
+        changed_V = logits_V
+        if self._penalties is not None or self._constraint is not None:
+            changed_V = logits_V.copy()
+            if self._penalties is not None:
+                self._penalties.apply(changed_V)
+            if self._constraint is not None:
+                self._constraint.mask(changed_V)
+            likeliest = int(changed_V.argmax())
+        token_id = likeliest if self.cuts.temperature == 0 else self.cuts.draw(changed_V, self._uniform())
+        if self.num_top is None:
+            return Chosen(token_id)
+        return Chosen(token_id, *logprobs.of_row(logits_V, token_id, self.num_top))
+
+    def add(self, token_id: int) -> None:
+        """The sequence has got this token."""
+        if self._penalties is not None:
+            self._penalties.add(token_id)
+        if self._constraint is not None:
+            self._constraint.add(token_id)
+
+    def _uniform(self) -> float:
+        """The next number in [0, 1): the upper 53 bits of a hash."""
+        digest = hashlib.blake2b(f"{self._seed} {self._num_draws}".encode(), digest_size=8).digest()
+        self._num_draws += 1
+        return (int.from_bytes(digest) >> 11) * 2.0**-53
 
 
-def choose_all(logits_BV: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
-    """Each row's next token; None for a row whose logits are not finite numbers, which then has no next token."""
-    best_B = logits_BV.max(dim=-1)
-    highest, greedy = best_B.values.tolist(), best_B.indices.tolist()
-    chosen: list[int | None] = []
-    for row, sampler in enumerate(samplers):
-        if not math.isfinite(highest[row]):
+class _Samples(Protocol):
+    @property
+    def sampler(self) -> Sampler: ...
+
+
+def choose_all(logits_BV: Tensor, choices: Sequence[_Samples]) -> list[Chosen | Exception | None]:
+    """Each row's next token, whatever its neighbours are.
+
+    None for a row whose logits are not finite (a NaN, +inf, or nothing above -inf); where choosing raised, the
+    exception. The logits, float32 or bfloat16 on any device, are left alone.
+    """
+    if logits_BV.device.type == "cpu":
+        logits_np = logits_BV.to(torch.float32).numpy()
+        likeliest_B = logits_np.argmax(axis=1)  # a NaN counts as the largest
+        peaks_B = logits_np[np.arange(len(choices)), likeliest_B]
+        rows = dict(enumerate(logits_np))
+    else:
+        best = logits_BV.max(dim=-1)
+        peaks_B, likeliest_B = best.values.float().cpu().numpy(), best.indices.cpu().numpy()
+        rows = _fetch(logits_BV, [k for k, choice in enumerate(choices) if not choice.sampler.takes_the_likeliest])
+    usable_B = np.isfinite(peaks_B).tolist()
+    likeliest = likeliest_B.tolist()
+    chosen: list[Chosen | Exception | None] = []
+    for k, choice in enumerate(choices):
+        if not usable_B[k]:
             chosen.append(None)
-        elif sampler.sampling.temperature == 0:
-            chosen.append(greedy[row])
+        elif choice.sampler.takes_the_likeliest:
+            chosen.append(Chosen(likeliest[k]))
         else:
-            chosen.append(sampler.choose(logits_BV[row]))
+            try:
+                chosen.append(choice.sampler.choose(rows[k], likeliest[k]))
+            except Exception as error:
+                chosen.append(error)
     return chosen
+
+
+def _fetch(logits_BV: Tensor, which: list[int]) -> dict[int, NDArray[np.float32]]:
+    """Rows of logits on another device, as float32 here."""
+    if not which:
+        return {}
+    fetched = logits_BV[which].cpu().to(torch.float32).numpy()
+    return dict(zip(which, fetched, strict=True))

@@ -13,15 +13,16 @@ class ChunkStream(Iterator[Chunk]):
     def __init__(self, wake: Callable[[], None]) -> None:
         self._chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
         self._wake = wake
-        self._ended = False
+        self._is_read = False
+        self._is_written = False
         self._cancelled = False
 
     def __next__(self) -> Chunk:
-        chunk = None if self._ended else self._chunks.get()
+        chunk = None if self._is_read else self._chunks.get()
         if chunk is None:
-            self._ended = True
+            self._is_read = True
             raise StopIteration
-        self._ended = chunk.is_last
+        self._is_read = chunk.is_last
         return chunk
 
     def cancel(self) -> None:
@@ -35,8 +36,10 @@ class ChunkStream(Iterator[Chunk]):
         return self._cancelled
 
     def write(self, chunk: Chunk) -> None:
-        """For the engine: hand over one chunk; the last must be the last."""
-        self._chunks.put(chunk)
+        """For the engine: hand over one chunk; what comes after the last one is dropped."""
+        if not self._is_written:
+            self._is_written = chunk.is_last
+            self._chunks.put(chunk)
 
     def fail(self, error: Exception) -> None:
         """For the engine: end with an error chunk. Only domain errors are shown as they are."""

@@ -1,55 +1,41 @@
 """Tokens of one answer to text: whole characters only, and nothing from a stop string on."""
 
+import codecs
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
-_UNFINISHED: Final = "\ufffd"
-"""What a tokenizer decodes to where the bytes so far are not (yet) a character."""
-_CONTEXT_TOKENS: Final = range(4, 12)
+from worker.inference.tokens import TokenTable
+
+_CONTEXT_TOKENS: Final = 8
+"""Enough of a prompt's end to hold the beginning of a character, and to tell whether there is any text."""
 
 
 class Detokeniser:
     """Text of a growing token sequence; what it has given is never taken back and holds whole characters.
 
-    The prompt's last tokens are decoded along, since many tokenizers drop the space before a text's first word. Special
-    tokens give no text. All pieces together are what the tokenizer makes of the whole answer.
+    All pieces together are what the tokenizer makes of the answer behind its prompt: a first word keeps the space in
+    front of it, and a character that the prompt began is completed. Special tokens give no text.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._pending = self._context(list(prompt_ids))
-        self._num_known = len(self._pending)
-        self._given = self._decode(self._pending)
+    def __init__(self, table: TokenTable, prompt_ids: Sequence[int]) -> None:
+        self._table = table
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        before = b"".join(map(table.text, prompt_ids[-_CONTEXT_TOKENS:]))
+        self._characters.decode(before)
+        self._at_start = not before
 
     def add(self, token_id: int) -> str:
         """The characters that this token completes, often none."""
-        self._pending.append(token_id)
-        text = self._decode(self._pending)
-        settled = text.rstrip(_UNFINISHED)
-        new = settled[len(self._given) :]
-        if settled == text and new:
-            # The tokens just told become the context of the next ones; those before them are not needed any more.
-            self._pending = self._pending[self._num_known :]
-            self._num_known = len(self._pending)
-            self._given = self._decode(self._pending)
+        if self._at_start:
+            found = self._table.text_at_start(token_id)
+            self._at_start = not self._table.text(token_id)
         else:
-            self._given += new
-        return new
+            found = self._table.text(token_id)
+        return self._characters.decode(found)
 
     def finish(self) -> str:
         """What is left when no token follows: bytes that never became a character, as U+FFFD."""
-        return self._decode(self._pending)[len(self._given) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    def _context(self, ids: list[int]) -> list[int]:
-        """The prompt's last tokens, not beginning inside a character; none if that cannot be had."""
-        for count in _CONTEXT_TOKENS:
-            if _UNFINISHED not in self._decode(ids[-count:]):
-                return ids[-count:]
-        return []
+        return self._characters.decode(b"", final=True)
 
 
 class StopScanner:
