@@ -1,6 +1,7 @@
 """What a caller of the engine holds: the chunks of one answer as they come, and a way to say that nobody listens."""
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 
 from shared.errors import LoradError
@@ -12,6 +13,8 @@ class ChunkStream(Iterator[Chunk]):
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._chunks: queue.SimpleQueue[Chunk | None] = queue.SimpleQueue()
+        self._sink: Callable[[Chunk], None] = self._chunks.put
+        self._lock = threading.Lock()
         self._wake = wake
         self._is_read = False
         self._is_written = False
@@ -25,6 +28,17 @@ class ChunkStream(Iterator[Chunk]):
         self._is_read = chunk.is_last
         return chunk
 
+    def forward(self, sink: Callable[[Chunk], None]) -> None:
+        """Hand every chunk to `sink` as it comes, those first that wait already; nobody iterates then.
+
+        `sink` runs in the thread of whoever writes, so it must be quick.
+        """
+        with self._lock:
+            while not self._chunks.empty():
+                if (chunk := self._chunks.get()) is not None:
+                    sink(chunk)
+            self._sink = sink
+
     def cancel(self) -> None:
         """Stop generating; the row is free one step later. The stream ends without a last chunk, unless it had one."""
         self._cancelled = True
@@ -37,9 +51,10 @@ class ChunkStream(Iterator[Chunk]):
 
     def write(self, chunk: Chunk) -> None:
         """For the engine: hand over one chunk; what comes after the last one is dropped."""
-        if not self._is_written:
-            self._is_written = chunk.is_last
-            self._chunks.put(chunk)
+        with self._lock:
+            if not self._is_written:
+                self._is_written = chunk.is_last
+                self._sink(chunk)
 
     def fail(self, error: Exception) -> None:
         """For the engine: end with an error chunk. Only domain errors are shown as they are."""
