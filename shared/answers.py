@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 PREFIX: Final = "lorad:"
 """All keys on the broker begin with it."""
 ANSWERS_EXPIRE_S: Final = 600
+CANCELS: Final = f"{PREFIX}cancels"
+"""A stream with the id of each request that was cancelled, for who listens to it; the flag is for who looks."""
+MAX_CANCELS: Final = 4096
 BLOCK_MS: Final = 250
 """A reader that waits looks up this often."""
 
@@ -29,8 +32,8 @@ class AnswerWriter(Generic[Piece]):
 
     def __init__(self, client: "redis.Redis", request_id: str) -> None:
         self._client = client
-        self._stream = _stream_key(request_id)
-        self._cancelled = _cancel_key(request_id)
+        self._stream = chunks_key(request_id)
+        self._cancelled = cancel_key(request_id)
 
     def write(self, piece: Piece) -> None:
         """Append a piece; raises Unavailable when the broker is down."""
@@ -69,9 +72,9 @@ class AnswerReader(Generic[Piece]):
     ) -> None:
         try:
             if self._is_whole:
-                self._client.delete(_stream_key(self._request_id))
+                self._client.delete(chunks_key(self._request_id))
             else:
-                self._client.set(_cancel_key(self._request_id), "1", ex=ANSWERS_EXPIRE_S)
+                cancel(self._client, self._request_id)
         except redis.RedisError as failure:
             log.warning("request %s could not be ended on the broker: %s", self._request_id, failure)
 
@@ -93,7 +96,7 @@ class AnswerReader(Generic[Piece]):
 
     def _receive(self, block_ms: int) -> list[Piece]:
         try:
-            answer: Any = self._client.xread({_stream_key(self._request_id): self._seen}, count=256, block=block_ms)
+            answer: Any = self._client.xread({chunks_key(self._request_id): self._seen}, count=256, block=block_ms)
             entries = answer[0][1] if answer else []
             pieces = [self._kind.model_validate_json(fields["chunk"]) for _, fields in entries]
         except redis.RedisError as error:
@@ -105,9 +108,18 @@ class AnswerReader(Generic[Piece]):
         return pieces
 
 
-def _stream_key(request_id: str) -> str:
+def cancel(client: "redis.Redis", request_id: str) -> None:
+    """Tell whoever answers this request, now or later, that nobody listens. Raises RedisError."""
+    with client.pipeline() as batch:
+        batch.set(cancel_key(request_id), "1", ex=ANSWERS_EXPIRE_S)
+        batch.xadd(CANCELS, {"request": request_id}, maxlen=MAX_CANCELS)
+        batch.expire(CANCELS, ANSWERS_EXPIRE_S)
+        batch.execute()
+
+
+def chunks_key(request_id: str) -> str:
     return f"{PREFIX}chunks:{request_id}"
 
 
-def _cancel_key(request_id: str) -> str:
+def cancel_key(request_id: str) -> str:
     return f"{PREFIX}cancel:{request_id}"

@@ -35,6 +35,13 @@ class Settings:
     """Jobs that one trainer trains side by side."""
     train_tokens: int = 2048
     generate_slots: int = 32
+    """Rows of a generator: sequences that one base model generates side by side."""
+    generate_waiting: int = 32
+    """Requests that a generator takes beyond its rows: it chooses among them, and reads their adapters meanwhile."""
+    generate_hung_s: float = 120.0
+    """A generator whose engine takes longer than this for one turn ends itself."""
+    kv_cache_bytes: int = 2 << 30
+    """Keys and values that the rows of one base model may hold in a generator."""
     adapter_cache_bytes: int = 1 << 30
     heartbeat_s: float = 10.0
     lease_s: float = 60.0
@@ -43,6 +50,8 @@ class Settings:
     hung_s: float = 600.0
     """A trainer whose forward and backward takes longer than this, and than 20 times the usual, ends itself."""
     max_queued_jobs: int = 1000
+    max_queued_requests: int = 1000
+    """Generation requests that may wait for one base model; more are answered 429."""
     base_url: str = "http://127.0.0.1:8321/v1"
     """For the client half of the command: where the API is."""
     api_key: str | None = None
@@ -87,10 +96,13 @@ _POSITIVE_INTS = (
     "train_slots",
     "train_tokens",
     "generate_slots",
+    "generate_waiting",
     "adapter_cache_bytes",
+    "kv_cache_bytes",
     "max_queued_jobs",
+    "max_queued_requests",
 )
-_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s", "hung_s")
+_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s", "hung_s", "generate_hung_s")
 _TEXTS = ("database_url", "broker_url", "host", "base_url", "api_key")
 _SCHEMES = {
     "database_url": ("sqlite:////", "postgresql://", "postgresql+psycopg://", "postgres://"),

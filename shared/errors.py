@@ -126,6 +126,12 @@ class QueueFull(LoradError):
 
     code = "queue_full"
 
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, code: str | None = None, retry_after_s: int = 1
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
 
 class DeadlineExceeded(LoradError):
     """The answer was not ready before the deadline."""

@@ -13,6 +13,7 @@ ADAPTER_VERSION: Final = "adv-"
 ADAPTER: Final = "adapter-"
 BASE_MODEL: Final = "base-"
 REQUEST: Final = "req-"
+GENERATOR: Final = "gen-"
 
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
 

@@ -5,12 +5,15 @@ result backend, no prefetch, and a publisher that gives up after 2 s instead of 
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar
 
 import redis
 from celery import Celery
+from kombu import Exchange
+from kombu import Queue as BrokerQueue
 from kombu.exceptions import OperationalError
 from pydantic import ValidationError
 from redis.backoff import NoBackoff
@@ -18,7 +21,11 @@ from redis.retry import Retry
 
 from shared import ids
 from shared.answers import PREFIX, AnswerReader, AnswerWriter
-from shared.errors import DeadlineExceeded, GenerationTimeout, InvalidRequest, QueueFull, Unavailable
+from shared.claims import Claims
+from shared.errand import Errand
+from shared.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from shared.generators import Generators
+from shared.outbox import Outbox
 from shared.specs import Chunk, GenerationRequest, Inspection, InspectionRequest
 
 log = logging.getLogger(__name__)
@@ -32,7 +39,12 @@ TIMEOUT_S: Final = 2.0
 MAX_DOORBELLS: Final = 100
 """No more than these wait at once: each only says 'look'."""
 MAX_WAITING: Final = 1000
-"""Generation requests that may wait for one base model."""
+"""Generation requests that may wait for one base model, unless a setting says otherwise."""
+RETRY_AFTER_S: Final = 5
+"""When to try again where nobody has measured how fast requests are answered."""
+LONGEST_RETRY_AFTER_S: Final = 60
+OWN_QUEUE_S: Final = 60
+"""How long requests stay in the queue of a generator that takes none: others have them long before."""
 MAX_INSPECTIONS: Final = 32
 """Inspections that may wait for a trainer."""
 TAKEN_S: Final = 10
@@ -47,6 +59,11 @@ R = TypeVar("R", GenerationRequest, InspectionRequest)
 def generate_queue(base_model_id: str) -> str:
     """The name of the queue that generators of one base model read."""
     return f"generate.{base_model_id}"
+
+
+def own_queue(base_model_id: str, generator_id: str) -> str:
+    """The name of the queue that one generator alone reads, for requests whose adapters it holds."""
+    return f"{generate_queue(base_model_id)}.{generator_id}"
 
 
 def celery_app(broker_url: str, *, timeout_s: float = 30.0) -> Celery:
@@ -105,7 +122,9 @@ def _received(payload: object, kind: type[R]) -> R:
 class Queue:
     """The broker as the API, the sweeper and the workers see it. Connects on first use; threads may share it."""
 
-    def __init__(self, broker_url: str) -> None:
+    def __init__(self, broker_url: str, *, max_waiting: int = MAX_WAITING) -> None:
+        """`max_waiting` generation requests may wait for one base model."""
+        self._max_waiting = max_waiting
         self._celery = celery_app(broker_url, timeout_s=TIMEOUT_S)
         # Kombu retries a refused connection for seconds, whatever the publisher's own retry policy says.
         self._celery.conf.broker_transport_options |= {"max_retries": 0}
@@ -119,6 +138,8 @@ class Queue:
             decode_responses=True,
             protocol=2,
         )
+        self.generators = Generators(self._client)
+        self.claims = Claims(self._client)
 
     def ring_trainers(self) -> bool:
         """Tell trainers to look; False within about 2 s when the broker is down. Never raises."""
@@ -140,11 +161,35 @@ class Queue:
         if not ids.is_id(request.request_id, ids.REQUEST):
             raise InvalidRequest("request_id is not an id")
         queue = generate_queue(request.base_model_id)
-        if self._waiting(queue) >= MAX_WAITING:
-            raise QueueFull
-        remaining_s = max(request.deadline_unix_s - time.time(), 0.0)
-        self._send(GENERATE_TASK, queue, [request.model_dump(mode="json")], expires=remaining_s)
-        return self._chunks(request, look_up)
+        num_waiting = self._waiting(queue)
+        if num_waiting >= self._max_waiting:
+            raise QueueFull(retry_after_s=self._retry_after_s(request.base_model_id, num_waiting))
+        errand = Errand(
+            request,
+            client=self._client,
+            generators=self.generators,
+            send=self._send_request,
+            num_waiting=lambda: self._waiting(queue),
+            look_up=look_up,
+        )
+        errand.begin()
+        return errand.chunks()
+
+    def num_waiting(self, base_model_id: str) -> int:
+        """Requests in the queue that all generators of a base model read. Raises Unavailable."""
+        return self._waiting(generate_queue(base_model_id))
+
+    def num_doorbells(self) -> int:
+        """Doorbells that no trainer has answered. Raises Unavailable."""
+        return self._waiting(TRAIN_QUEUE)
+
+    def num_inspections(self) -> int:
+        """Inspections that no trainer has taken. Raises Unavailable."""
+        return self._waiting(INSPECT_QUEUE)
+
+    def outbox(self) -> Outbox:
+        """A way for a generator to answer many requests at once."""
+        return Outbox(self._client)
 
     def writer(self, request_id: str) -> ChunkWriter:
         """Where a generator writes the answer to this request."""
@@ -161,7 +206,7 @@ class Queue:
             raise QueueFull
         taken_by = min(request.deadline_unix_s, time.time() + TAKEN_S)
         self._send(INSPECT_TASK, INSPECT_QUEUE, [request.model_dump(mode="json")], expires=taken_by - time.time())
-        self._forget_later(INSPECT_QUEUE)
+        self._forget_later(INSPECT_QUEUE, TAKEN_S)
         with AnswerReader(self._client, request.request_id, Inspection) as answer:
             piece = answer.next(until_unix_s=taken_by)
             if piece is None:
@@ -194,14 +239,34 @@ class Queue:
         except redis.RedisError as error:
             raise Unavailable("the broker does not answer") from error
 
-    def _forget_later(self, queue: str) -> None:
-        """Let the messages of a queue go once the newest is too old: without a trainer nobody else removes them."""
+    def _retry_after_s(self, base_model_id: str, num_waiting: int) -> int:
+        """In how many whole seconds the queue is likely to be empty."""
+        requests_per_s = self.generators.requests_per_s(base_model_id)
+        if not requests_per_s:
+            return RETRY_AFTER_S
+        return min(LONGEST_RETRY_AFTER_S, math.ceil(num_waiting / requests_per_s))
+
+    def _send_request(self, request: GenerationRequest, generator_id: str | None) -> None:
+        remaining_s = max(request.deadline_unix_s - time.time(), 0.0)
+        arguments = [request.model_dump(mode="json")]
+        base_model_id = request.base_model_id
+        if generator_id is None:
+            self._send(GENERATE_TASK, generate_queue(base_model_id), arguments, expires=remaining_s)
+            return
+        # Without an exchange the broker keeps nothing of a queue but its messages: generators come and go.
+        name = own_queue(base_model_id, generator_id)
+        queue = BrokerQueue(name, Exchange(""), routing_key=name)
+        self._send(GENERATE_TASK, queue, arguments, expires=remaining_s)
+        self._forget_later(name, OWN_QUEUE_S)
+
+    def _forget_later(self, queue: str, seconds: int) -> None:
+        """Let the messages of a queue go once the newest is too old: if nobody takes them, nobody else removes them."""
         try:
-            self._client.expire(PREFIX + queue, TAKEN_S)
+            self._client.expire(PREFIX + queue, seconds)
         except redis.RedisError as error:
             raise Unavailable("the broker does not answer") from error
 
-    def _send(self, task: str, queue: str, arguments: list[Any], *, expires: float | None = None) -> None:
+    def _send(self, task: str, queue: str | BrokerQueue, arguments: list[Any], *, expires: float | None = None) -> None:
         try:
             with self._connections.acquire(block=True) as connection:
                 self._celery.send_task(
@@ -215,14 +280,3 @@ class Queue:
                 )
         except (OperationalError, redis.RedisError, OSError) as error:
             raise Unavailable("the broker does not answer") from error
-
-    def _chunks(self, request: GenerationRequest, look_up: Callable[[], None] | None) -> Iterator[Chunk]:
-        """The chunks as they come. Leaves the cancel flag behind unless the last chunk was reached."""
-        with AnswerReader(self._client, request.request_id, Chunk) as answer:
-            while True:
-                chunk = answer.next(until_unix_s=request.deadline_unix_s, look_up=look_up)
-                if chunk is None:
-                    raise GenerationTimeout
-                yield chunk
-                if chunk.is_last:
-                    return
