@@ -8,12 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.train import data, publish, report
+from benchmarks import publish
+from benchmarks.processes import ROOT
+from benchmarks.train import data, report
 from benchmarks.train.plan import QUICK, Plan, Section, sections
-from benchmarks.train.processes import ROOT
 from benchmarks.train.rounds import Bench, JobsResult, SectionResult
 
 MINUTES: Final = 25.0
+PACKAGES: Final = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
         "command": _command(options),
         "date": publish.today(),
         "processor": publish.processor(),
-        "versions": publish.versions(),
+        "versions": publish.versions(PACKAGES),
         "data": problems.name,
         "plan": asdict(plan),
         "gemm": gemm,
@@ -62,7 +64,7 @@ def main() -> None:
     if options.quick or options.rows or options.no_jobs:
         print("A quick or partial run is not published: docs/benchmarks.md is as it was.")
         return
-    _publish(text, record)
+    publish.publish("train", text, record)
 
 
 def _options() -> argparse.Namespace:
@@ -114,7 +116,7 @@ def _markdown(
     jobs: JobsResult | None,
 ) -> str:
     num_rounds = max(len(answers) for result in results for answers in result.answers.values())
-    installed = ", ".join(f"{name} {version}" for name, version in publish.versions().items())
+    installed = ", ".join(f"{name} {version}" for name, version in publish.versions(PACKAGES).items())
     parts = [
         f"`{_command(options)}`, {publish.today()}, {publish.processor()}, {plan.threads} threads; {installed}.",
         f"Data: {data_name}. Batch {plan.batch_size}, r {plan.r}, alpha {plan.alpha}, learning rate "
@@ -140,15 +142,6 @@ def _markdown(
 
 def _gemm(gemm: report.Gemm) -> str:
     return "; ".join(f"{d} {m['flops_per_second'] / 1e9:.0f} GFLOP/s ({m['shape']})" for d, m in gemm.items())
-
-
-def _publish(text: str, record: dict[str, Any]) -> None:
-    page = ROOT / "docs" / "benchmarks.md"
-    page.write_text(publish.put_between_markers(page.read_text(encoding="utf-8"), text), encoding="utf-8")
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
-    (results / "train.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print("Written to docs/benchmarks.md and benchmarks/results/train.json.")
 
 
 if __name__ == "__main__":

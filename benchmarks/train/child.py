@@ -28,7 +28,7 @@ def run(kind: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    from benchmarks.train.peers import Unavailable
+    from benchmarks.processes import Unavailable
 
     try:
         answer = run(sys.argv[1], json.load(sys.stdin))

@@ -2,13 +2,12 @@
 
 import json
 import random
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.base import unpack_base
 from benchmarks.train.plan import Plan
 
 FILES: Final = ("train-2000.jsonl", "valid-200.jsonl")
@@ -61,16 +60,10 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """
     from shared.specs import LoraSpec, TrainSpec
     from worker.base_model import load_base_model
-    from worker.importer import bundled
     from worker.training.dataset import Tokeniser, epoch_order
 
     plan, work = Plan(**request["plan"]), Path(request["work"])
-    base_path = work / "base"
-    if not base_path.is_dir():
-        with tempfile.TemporaryDirectory(dir=work) as unpacked:
-            bundled().write(Path(unpacked))
-            shutil.copytree(unpacked, work / "base.part", dirs_exist_ok=True)
-        (work / "base.part").rename(base_path)
+    base_path = unpack_base(work)
     base = load_base_model(base_path, name="base", digest="", device="cpu", dtype="bfloat16")
     tokeniser = Tokeniser(base.tokenizer, base.eos_token_ids, TrainSpec(lora=LoraSpec()), longest=base.context_length)
 

@@ -1,7 +1,6 @@
-"""What a measured process finds out about itself: when each optimizer step ended, and the most memory it held."""
+"""What a measured process finds out about itself: when each optimizer step ended, and how many tokens it saw."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.train.plan import Plan
@@ -41,11 +40,3 @@ class StepClock:
             "tokens_per_second": num_tokens / seconds,
             "labels_per_second": num_labels / seconds,
         }
-
-
-def peak_rss_bytes() -> int:
-    """The most resident memory this process has had, mapped files included (VmHWM)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")

@@ -6,15 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.train.data import count, read_tokens
-from benchmarks.train.meter import StepClock, peak_rss_bytes
-from benchmarks.train.plan import Plan, Row
 from shared.config import Settings
 from shared.specs import LoraSpec, Order, StepReport, TrainSpec
 from worker.base_model import load_base_model
 from worker.kernels.memory import keep_freed_memory
 from worker.training.engine import TrainingEngine
 from worker.training.job import TrainingJob, TrainingResult
+
+from benchmarks.processes import peak_rss_bytes
+from benchmarks.train.data import count, read_tokens
+from benchmarks.train.meter import StepClock
+from benchmarks.train.plan import Plan, Row
 
 
 def train_row(request: dict[str, Any]) -> dict[str, Any]:

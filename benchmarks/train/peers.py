@@ -6,13 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import Unavailable, peak_rss_bytes
 from benchmarks.train.data import Tokens, count, read_tokens
-from benchmarks.train.meter import StepClock, peak_rss_bytes
+from benchmarks.train.meter import StepClock
 from benchmarks.train.plan import Plan, Row
-
-
-class Unavailable(Exception):
-    """The installed peer cannot do what a row asks for."""
 
 
 def train_row(request: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.stats import off_by_more, paired_ratios, spread
 from benchmarks.train.flops import Shape, training_flops
 from benchmarks.train.plan import Plan, Row
 from benchmarks.train.rounds import JobsResult, SectionResult
-from benchmarks.train.stats import off_by_more, paired_ratios, spread
 
 Gemm = dict[str, dict[str, Any]]
 

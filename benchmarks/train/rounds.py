@@ -1,15 +1,14 @@
 """The order of measurements: rounds over all rows and the small jobs in turn; the judge after the first."""
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from benchmarks.processes import Runner
 from benchmarks.train.plan import Plan, Row, Section, Targets
-from benchmarks.train.processes import measure
 
 Answers = dict[str, list[dict[str, Any]]]
 """Row -> its answers, round by round."""
@@ -68,26 +67,14 @@ class JobsResult:
         )
 
 
-class Bench:
+class Bench(Runner):
     """One benchmark run over prepared data. Prints a line for each process that ends."""
 
     def __init__(self, plan: Plan, work: Path) -> None:
+        super().__init__("benchmarks.train.child", {"plan": plan.to_json()}, threads=plan.threads, work=work)
         self.plan = plan
-        self.work = work
-        self.log = work / "log.txt"
         self.adapters = work / "adapters"
-        self._started_s = time.perf_counter()
-        self.log.unlink(missing_ok=True)
         shutil.rmtree(self.adapters, ignore_errors=True)
-
-    def run(self, kind: str, **request: Any) -> dict[str, Any]:
-        """The answer of one process. Its name and figures are the caller's to print."""
-        request = {"plan": self.plan.to_json(), "work": str(self.work), **request}
-        return measure(kind, request, threads=self.plan.threads, log=self.log)
-
-    def say(self, text: str) -> None:
-        minutes, seconds = divmod(int(self._elapsed_s()), 60)
-        print(f"{minutes:3d}:{seconds:02d}  {text}", flush=True)
 
     def measure(
         self, sections: Sequence[Section], *, with_jobs: bool, minutes: float
@@ -99,17 +86,17 @@ class Bench:
         results = [SectionResult(section, {row.name: [] for row in section.rows}) for section in sections]
         jobs: JobsResult | None = None
         for number in range(1, self.plan.rounds + 1):
-            started_s = self._elapsed_s()
+            started_s = self.elapsed_s()
             for result in results:
                 self._round_of_rows(result, number)
             if number == 1 and with_jobs:
                 jobs = self._choose_job_rows(results[0])
             if jobs is not None:
                 self._round_of_jobs(jobs, number, results[0].section.targets)
-            round_s = self._elapsed_s() - started_s
+            round_s = self.elapsed_s() - started_s
             if number == 1:
                 self._judge(results, jobs)
-            if self._elapsed_s() + round_s > 60 * minutes:
+            if self.elapsed_s() + round_s > 60 * minutes:
                 break
         return results, jobs
 
@@ -199,9 +186,6 @@ class Bench:
             jobs=jobs,
             at_once=at_once,
         )
-
-    def _elapsed_s(self) -> float:
-        return time.perf_counter() - self._started_s
 
     def _row_adapter(self, section: Section, row: Row, number: int) -> Path:
         return self.adapters / section.name / f"{row.name}-{number}" / "adapter"

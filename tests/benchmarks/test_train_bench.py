@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.publish import markers, put_between_markers
+from benchmarks.stats import off_by_more, paired_ratios, spread
 from benchmarks.train.flops import Shape, training_flops
 from benchmarks.train.meter import StepClock
 from benchmarks.train.plan import Plan, Row, sections
-from benchmarks.train.publish import MARKERS, put_between_markers
-from benchmarks.train.stats import off_by_more, paired_ratios, spread
 
 CONFIG = {
     "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 80, "num_attention_heads": 4,
@@ -101,14 +101,15 @@ def test_warm_up_is_in_neither_time_nor_tokens(monkeypatch: pytest.MonkeyPatch) 
 
 def test_results_replace_what_stands_between_the_markers() -> None:
     """What stands around them stays; a page without them is refused."""
-    page = f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n"
+    start, end = markers("train")
+    page = f"before\n{start}\nold\n{end}\nafter\n"
 
-    new = put_between_markers(page, "new")
+    new = put_between_markers(page, "new", name="train")
 
-    assert new == f"before\n{MARKERS[0]}\n\nnew\n\n{MARKERS[1]}\nafter\n"
-    assert put_between_markers(new, "new") == new
+    assert new == f"before\n{start}\n\nnew\n\n{end}\nafter\n"
+    assert put_between_markers(new, "new", name="train") == new
     with pytest.raises(ValueError, match="once each"):
-        put_between_markers("no markers", "new")
+        put_between_markers("no markers", "new", name="train")
 
 
 def test_values_survive_the_way_to_a_child() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.processes import Unavailable
 from benchmarks.train import report
-from benchmarks.train.peers import Unavailable, _known, _trl
+from benchmarks.train.peers import _known, _trl
 from benchmarks.train.plan import ROWS, Plan, Section
 from benchmarks.train.rounds import SectionResult
 

@@ -45,3 +45,14 @@ def off_by_more(values: dict[str, float], tolerance: float) -> dict[str, float]:
         return dict(values)
     middle = median(finite)
     return {name: value - middle for name, value in values.items() if not abs(value - middle) <= tolerance}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie, linear between two; raises ValueError if there are none."""
+    if not values:
+        raise ValueError("no value to take a percentile of")
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
