@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+
 from shared.specs import LoraSpec, Order, TrainSpec
 from worker.base_model import load_base_model
 from worker.training import memory
