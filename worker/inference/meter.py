@@ -134,7 +134,7 @@ class Meter:
             self._counts["prefilled_tokens"] += num_prefill_tokens
 
     def snapshot(self) -> dict[str, Any]:
-        """Everything at this moment: {"counts": ..., "ended": ..., "histograms": ..., "adapter_tokens": ...}."""
+        """Everything at this moment; `shared.generators.MeterReport` says what it looks like."""
         with self._lock:
             return {
                 "counts": {name: self._counts[name] for name in COUNTS},
