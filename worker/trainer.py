@@ -9,8 +9,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from typing import Final, NoReturn
+from collections.abc import Callable
 
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine
@@ -26,13 +25,10 @@ from worker.celery_program import exit_with_one_line, run_worker
 from worker.inspector import Inspector
 from worker.job_run import JobRun, TrainerStops
 from worker.kernels.memory import keep_freed_memory
-from worker.training import pulse
 from worker.training.engine import TrainingEngine
+from worker.watchdog import give_up, watch
 
 log = logging.getLogger("lorad.trainer")
-
-BROKEN_EXIT: Final = 70
-"""Exit status of a trainer that found itself or its device of no more use: EX_SOFTWARE of sysexits.h."""
 
 
 class Trainer:
@@ -74,9 +70,9 @@ class Trainer:
         self._stopping.set()
         self._bench.stop_jobs()
 
-    def pulses(self) -> Iterator[pulse.Pulse]:
-        """The pulse of the engine at work, if there is one."""
-        return self._bench.pulses()
+    def overdue_s(self) -> float | None:
+        """How long the turn of the engine at work has taken, if that is too long."""
+        return self._bench.overdue_s()
 
     def _has_free_slot(self) -> bool:
         if not self._slots.acquire(blocking=False):
@@ -137,9 +133,9 @@ class _Bench:
         log.info("loaded %s (%s on %s)", row.name, base.dtype, base.device)
         return TrainingEngine(base, max_tokens=self._settings.train_tokens, on_broken=_give_up_device)
 
-    def pulses(self) -> Iterator[pulse.Pulse]:
-        if (engine := self._engine) is not None:
-            yield engine.pulse
+    def overdue_s(self) -> float | None:
+        engine = self._engine
+        return None if engine is None else engine.pulse.overdue_s(floor_s=self._settings.hung_s)
 
     def stop_jobs(self) -> None:
         self._stopped.set()
@@ -147,19 +143,13 @@ class _Bench:
             engine.stop_all()
 
 
+# Whoever gives up leaves the jobs their checkpoints: the sweeper finds them once the leases run out.
 def _give_up_hung(seconds: float) -> None:
-    _give_up(f"no training step for {seconds:.0f} s")
+    give_up("trainer", f"no training step for {seconds:.0f} s")
 
 
 def _give_up_device(error: BaseException) -> None:
-    _give_up(f"the device fails: {error}")
-
-
-def _give_up(why: str) -> NoReturn:
-    """End the process: its jobs keep their checkpoints, and the sweeper finds them once the leases run out."""
-    log.critical("%s: this trainer ends", why)
-    logging.shutdown()
-    os._exit(BROKEN_EXIT)
+    give_up("trainer", f"the device fails: {error}")
 
 
 def main() -> None:
@@ -174,7 +164,7 @@ def main() -> None:
     app.task(name=INSPECT_TASK)(inspector.answer)
     worker_shutting_down.connect(lambda **_: trainer.stop(), weak=False)
     worker_shutting_down.connect(lambda **_: inspector.stop(), weak=False)
-    pulse.watch(trainer.pulses, floor_s=settings.hung_s, on_hung=_give_up_hung)
+    watch(trainer.overdue_s, floor_s=settings.hung_s, on_hung=_give_up_hung)
     # One thread more than slots, so that questions about data are answered while jobs train.
     run_worker(app, queues=[TRAIN_QUEUE, INSPECT_QUEUE], threads=settings.train_slots + 1)
 

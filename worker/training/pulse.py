@@ -1,7 +1,6 @@
 """Whether the engine's thread still gets on: a turn that takes far longer than turns do is taken for hung."""
 
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -41,21 +40,3 @@ class Pulse:
         taken_s = self._clock() - began_s
         allowed_s = max(floor_s, TIMES_MEDIAN * statistics.median(durations_s)) if durations_s else floor_s
         return taken_s if taken_s > allowed_s else None
-
-
-def watch(
-    pulses: Callable[[], Iterator[Pulse]], *, floor_s: float, on_hung: Callable[[float], object]
-) -> threading.Thread:
-    """A started daemon thread that calls `on_hung(seconds)` once a pulse is overdue, and ends then."""
-
-    def look() -> None:
-        while True:
-            time.sleep(min(floor_s / 10, 10.0))
-            for pulse in pulses():
-                if (taken_s := pulse.overdue_s(floor_s=floor_s)) is not None:
-                    on_hung(taken_s)
-                    return
-
-    thread = threading.Thread(target=look, name="watchdog", daemon=True)
-    thread.start()
-    return thread

@@ -186,7 +186,7 @@ import os, sys, time
 from pathlib import Path
 from shared.specs import Order, TrainSpec
 from worker.base_model import load_base_model
-from worker.training import pulse
+from worker import watchdog
 from worker.training.engine import TrainingEngine
 from worker.training.job import TrainingJob
 
@@ -202,7 +202,7 @@ def hang(module, arguments):
 
 loaded.model.get_input_embeddings().register_forward_pre_hook(hang)
 engine = TrainingEngine(loaded, max_tokens=64)
-pulse.watch(lambda: iter([engine.pulse]), floor_s=1.0, on_hung=lambda seconds: os._exit(70))
+watchdog.watch(lambda: engine.pulse.overdue_s(floor_s=1.0), floor_s=1.0, on_hung=lambda seconds: os._exit(70))
 job = TrainingJob(
     job_id="ftjob-1", spec=TrainSpec(max_steps=5, batch_size=2), train_path=Path(train),
     checkpoint_due=lambda: False, save_checkpoint=lambda *_: None, on_event=lambda *_: None,
