@@ -1,79 +1,48 @@
-"""The inference process: a Celery worker that feeds requests to the InferenceEngine and streams tokens back.
+"""The inference process: a Celery worker whose desk has one InferenceEngine per base model answer requests.
 
-Wiring only. There is one queue and one engine per base model; a base that is registered while the process runs gets
-its queue within `NEW_BASES_S`, and its engine with its first request.
+Wiring only. A base that is registered while the process runs gets its queues within `NEW_BASES_S`, and its engine with
+its first request. A task holds its thread until its answer is sent, so that no more is taken than can be answered soon.
 """
 
 import logging
 import threading
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
+from celery.signals import worker_shutting_down
 from sqlalchemy.exc import DBAPIError
 
 from shared import db
 from shared.config import Settings
-from shared.errors import InvalidRequest, LoradError
-from shared.queue import GENERATE_TASK, Queue, celery_app, generate_queue, received_request
-from shared.specs import Chunk, ChunkError
+from shared.queue import GENERATE_TASK, Queue, celery_app, listen
 from shared.store import adapters, base_models
 from shared.store.layout import Layout
 from worker.base_model import load_base_model
 from worker.celery_program import exit_with_one_line, run_worker
+from worker.desk import Desk
 from worker.inference.engine import InferenceEngine
+from worker.lora.format import StoredAdapter
+from worker.watchdog import give_up, watch
 
 log = logging.getLogger("lorad.generator")
 
-NEW_BASES_S = 2.0
+NEW_BASES_S: Final = 2.0
+LEAVE_S: Final = 6.0
+"""How long answers under way may go on after SIGTERM. The supervisor kills after ten seconds."""
+LAST_WORDS_S: Final = 2.0
 
 
-class Generator:
-    """Answers generation requests over every registered base model."""
+class Models:
+    """Loads engines over the registered base models."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database = db.open_engine(settings.database_url)
         self._layout = Layout(settings.data_dir)
-        self._queue = Queue(settings.resolved_broker_url)
-        self._lock = threading.Lock()
-        self._engines: dict[str, InferenceEngine] = {}
 
-    def answer(self, payload: dict[str, Any]) -> None:
-        """Generate for one request and write its chunks where the API reads them; never raises for a bad request."""
-        try:
-            request = received_request(payload)
-        except InvalidRequest as error:
-            log.warning("discarded a message: %s", error.message)
-            return
-        if request.deadline_unix_s < time.time():
-            return
-        writer = self._queue.writer(request.request_id)
-        try:
-            stream = self._engine(request.base_model_id).submit(request)
-            try:
-                for chunk in stream:
-                    writer.write(chunk)
-                    if not chunk.is_last and writer.is_cancelled():
-                        break
-            finally:
-                stream.cancel()  # nobody reads on: frees the row; after the last chunk it does nothing
-        except LoradError as error:
-            failure = ChunkError(code=error.error_code, message=error.message, param=error.param)
-            writer.write(Chunk(error=failure))
-        except Exception:
-            log.exception("request %s failed", request.request_id)
-            writer.write(
-                Chunk(error=ChunkError(code="internal_error", message="The generator failed on this request."))
-            )
-
-    def _engine(self, base_model_id: str) -> InferenceEngine:
-        with self._lock:
-            if base_model_id not in self._engines:
-                self._engines[base_model_id] = self._load(base_model_id)
-            return self._engines[base_model_id]
-
-    def _load(self, base_model_id: str) -> InferenceEngine:
+    def load(self, base_model_id: str) -> InferenceEngine:
+        """An engine over this base model; NotFound."""
         with db.read(self._database) as tx:
             row = base_models.get(tx, base_model_id)
         settings = self._settings
@@ -86,20 +55,22 @@ class Generator:
             locate=self._locate,
             adapter_cache_bytes=settings.adapter_cache_bytes,
             max_rows=settings.generate_slots,
+            kv_cache_bytes=settings.kv_cache_bytes,
         )
 
-    def _locate(self, version_id: str) -> Path:
-        """The directory of an adapter version whose files match their checksums; AdapterCorrupt, NotFound."""
+    def _locate(self, version_id: str) -> StoredAdapter:
+        """Where the files of an adapter version are, and their checksums; NotFound, AdapterCorrupt."""
         with db.read(self._database) as tx:
             version = adapters.get_version(tx, version_id)
-        return adapters.verify(self._layout, version)
+        recorded = {filename: str(file["sha256"]) for filename, file in version.manifest["files"].items()}
+        return StoredAdapter(self._layout.adapter(version.id), recorded)
 
     def base_model_ids(self) -> list[str]:
         with db.read(self._database) as tx:
             return [row.id for row in base_models.list_all(tx)]
 
-    def follow_new_bases(self, worker: Any, known: set[str]) -> None:
-        """Consume the queue of every base model registered from now on."""
+    def follow(self, known: set[str], serve: Callable[[str], object]) -> None:
+        """Call `serve` with every base model registered from now on; never returns."""
         while True:
             time.sleep(NEW_BASES_S)
             try:
@@ -108,7 +79,7 @@ class Generator:
                 log.warning("the database does not answer: %s", error)
                 continue
             for base_model_id in new:
-                worker.consumer.call_soon(worker.consumer.add_task_queue, generate_queue(base_model_id))
+                serve(base_model_id)
                 known.add(base_model_id)
                 log.info("serving base model %s", base_model_id)
 
@@ -117,16 +88,36 @@ def main() -> None:
     """Run a generator until SIGTERM or SIGINT."""
     settings = Settings.from_env()
     app = celery_app(settings.resolved_broker_url)
-    generator = Generator(settings)
-    app.task(name=GENERATE_TASK)(generator.answer)
-    known = set(generator.base_model_ids())
+    models = Models(settings)
+    seats = settings.generate_slots + settings.generate_waiting
+    desk = Desk(Queue(settings.resolved_broker_url), seats=seats, load=models.load)
+    app.task(name=GENERATE_TASK)(desk.answer)
+    known = set(models.base_model_ids())
+
+    def give_up_hung(seconds: float) -> None:
+        desk.end_all("The generator got stuck; try again.", timeout_s=LAST_WORDS_S)
+        give_up("generator", f"a turn of the engine has taken {seconds:.0f} s")
 
     def follow(worker: Any) -> None:
-        threading.Thread(target=generator.follow_new_bases, args=(worker, known), daemon=True, name="bases").start()
+        def serve(base_model_id: str) -> None:
+            for queue in listen(app, base_model_id, desk.generator_id):
+                worker.consumer.call_soon(worker.consumer.add_task_queue, queue)
 
+        threading.Thread(target=models.follow, args=(known, serve), daemon=True, name="bases").start()
+
+    def leave(**_: object) -> None:
+        threading.Thread(target=desk.leave, kwargs={"after_s": LEAVE_S}, daemon=True, name="leave").start()
+
+    worker_shutting_down.connect(leave, weak=False)
+    watch(lambda: desk.overdue_s(floor_s=settings.generate_hung_s), floor_s=settings.generate_hung_s,
+          on_hung=give_up_hung)  # fmt: skip
+    desk.start_publishing()
     # The bare name "generate" keeps the consumer alive before the first base model is registered.
-    queues = ["generate", *(generate_queue(base_model_id) for base_model_id in known)]
-    run_worker(app, queues=queues, threads=settings.generate_slots, while_running=follow)
+    queues = ["generate", *(name for one in known for name in listen(app, one, desk.generator_id))]
+    try:
+        run_worker(app, queues=queues, threads=seats, while_running=follow)
+    finally:
+        desk.close()
 
 
 if __name__ == "__main__":
