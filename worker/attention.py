@@ -13,7 +13,9 @@ from typing import Any, Final
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from worker.kernels import varlen
 from worker.kernels.attention import LONGEST, segment_attention
+from worker.kernels.row_attention import RowAttention
 
 NAME: Final = "lorad"
 """What to give a model as `attn_implementation`; importing this module registers it."""
@@ -21,9 +23,15 @@ NAME: Final = "lorad"
 
 @dataclass(frozen=True)
 class _Packing:
-    """Where the segments of the current packed stream begin and end, and the window masks made for them so far."""
+    """Where the segments of the current packed stream begin and end, and what was made of that for all layers so far.
 
-    bounds: tuple[int, ...]
+    `bounds` is None where that changes from one replay of a captured forward to the next; then `starts` has it.
+    """
+
+    num_tokens: int
+    longest: int
+    bounds: tuple[int, ...] | None
+    starts: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     window_masks: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
 
     def window_mask(self, length: int, window: int, device: torch.device) -> torch.Tensor:
@@ -34,9 +42,18 @@ class _Packing:
             self.window_masks[key] = (behind_QK >= 0) & (behind_QK < window)
         return self.window_masks[key]
 
+    def starts_on(self, device: torch.device) -> torch.Tensor:
+        """(S + 1,) int32: where each segment starts and the last one ends."""
+        if device not in self.starts:
+            assert self.bounds is not None
+            starts_S1 = torch.tensor(self.bounds, dtype=torch.int32)
+            self.starts[device] = starts_S1.pin_memory().to(device, non_blocking=True)
+        return self.starts[device]
+
 
 # A context variable: each thread has its own, so the engines of one process do not see each other's packing.
 _packing: ContextVar[_Packing | None] = ContextVar("lorad_packing", default=None)
+_rows: ContextVar[RowAttention | None] = ContextVar("lorad_rows", default=None)
 
 
 @contextmanager
@@ -52,11 +69,43 @@ def packed_segments(lengths: Sequence[int]) -> Iterator[None]:
     """
     if not lengths or min(lengths) < 1:
         raise ValueError(f"segments of at least one token are needed, not {list(lengths)}")
-    token = _packing.set(_Packing(bounds=(0, *accumulate(lengths))))
+    bounds = (0, *accumulate(lengths))
+    with _packed(_Packing(bounds[-1], max(lengths), bounds)):
+        yield
+
+
+@contextmanager
+def replayed_segments(starts_S1: torch.Tensor, *, num_tokens: int, longest: int) -> Iterator[None]:
+    """`packed_segments` for a forward that is captured to be replayed over other segments, whose `starts_S1` (int32, on
+    the GPU, the end of the last one included) are read each time: they cover `num_tokens`, none of more than `longest`.
+
+    Raises NotImplementedError inside where a layer needs to know them before: only `varlen` does without.
+    """
+    with _packed(_Packing(num_tokens, longest, None, {starts_S1.device: starts_S1})):
+        yield
+
+
+@contextmanager
+def _packed(packing: _Packing) -> Iterator[None]:
+    token = _packing.set(packing)
     try:
         yield
     finally:
         _packing.reset(token)
+
+
+@contextmanager
+def cached_rows(rows: RowAttention) -> Iterator[None]:
+    """Inside, a forward over one row of tokens is a generation step: `rows` says whose they are.
+
+    The cache that the model is given returns a layer's whole keys and values, the step's own among them. Holds for the
+    current thread only; leaving restores what was there before.
+    """
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
 
 
 def _attention(
@@ -77,26 +126,37 @@ def _attention(
     Shapes: query (B, H, Q, D), key and value (B, G, K, D), mask (B or 1, 1, Q, K), result (B, Q, H, D).
     A mask is boolean, True where a query may look, or is added to the scores.
     """
+    rows = _rows.get()
+    if rows is not None:
+        return rows(query, key, value, scaling=scaling, window=sliding_window, softcap=softcap), None
     packing = _packing.get()
     if packing is None:
         return _attend(module, query, key, value, attention_mask, dropout, scaling, is_causal, softcap), None
     if attention_mask is not None:
         raise ValueError("a packed stream takes no attention mask: its segments are the mask")
-    if not query.shape[2] == key.shape[2] == packing.bounds[-1] or query.shape[0] != 1:
+    if not query.shape[2] == key.shape[2] == packing.num_tokens or query.shape[0] != 1:
         raise ValueError(
-            f"the segments cover one row of {packing.bounds[-1]} tokens; "
+            f"the segments cover one row of {packing.num_tokens} tokens; "
             f"there are {query.shape[0]} rows of {query.shape[2]} queries and {key.shape[2]} keys"
         )
+
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and not dropout and varlen.suits(query, value):
+        starts_S1, longest = packing.starts_on(query.device), packing.longest
+        return varlen.segment_attention(
+            query, key, value, starts_S1, longest=longest, scaling=scale, window=sliding_window
+        ), None
+    if packing.bounds is None:
+        raise NotImplementedError("these tensors cannot be attended to without knowing the segments before")
 
     def window_of(length: int) -> torch.Tensor | None:
         if sliding_window is None or length <= sliding_window:
             return None
         return packing.window_mask(length, sliding_window, query.device)
 
-    # A GPU has fused attention with a fast backward; a soft cap or dropout goes step by step.
+    # A GPU has fused attention with a fast backward also in fp32; a soft cap or dropout goes step by step.
     longest = LONGEST if query.device.type == "cpu" and softcap is None and not dropout else 0
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if max(end - start for start, end in pairwise(packing.bounds)) <= longest:
+    if packing.longest <= longest:
         return segment_attention(query, key, value, packing.bounds, scale, window_of), None
     parts = []
     for start, end in pairwise(packing.bounds):
@@ -160,7 +220,7 @@ def _tokens_behind(num_queries: int, num_keys: int, device: torch.device) -> tor
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """What `_attention` gets as its mask: what SDPA gets, but over a packed stream nothing, and none is built."""
-    if _packing.get() is None:
+    if _packing.get() is None and _rows.get() is None:
         return _sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]  # transformers ships no types
     if kwargs.get("attention_mask") is not None:
         raise ValueError("a packed stream takes no attention mask: its segments are the mask")

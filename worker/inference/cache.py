@@ -1,186 +1,245 @@
-"""The key-value cache of the rows that are being generated: one slot per row, no growth by concatenation."""
+"""The key-value cache: room for a number of tokens, given once, shared out as rows of equal length."""
 
-# Shapes: S slots, of which B hold rows (0 to B - 1), G key-value heads, L positions, T tokens of a step, D head width.
+# Shapes: P planes (keys and values of each layer), S rows of room, L positions of a row, T tokens of a step,
+# G key-value heads, D head width.
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
-FEWEST_POSITIONS: Final = 256
-
-
-@dataclass(frozen=True)
-class _Prefill:
-    """This step writes positions `start` to `end` - 1 of one slot."""
-
-    slot: int
-    start: int
-    end: int
+FEWEST_POSITIONS: Final = 64
+"""A row has room for at least this many positions, if the model's context has."""
 
 
 @dataclass(frozen=True)
-class _Decode:
-    """This step writes one position in each of the first B slots. `end` is one past the last of these positions."""
+class Plane:
+    """Shape and dtype of what one layer keeps of a token as keys, or as values: G heads of width D."""
 
-    positions_B: Tensor
-    start: int
-    end: int
+    num_heads: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        return self.num_heads * self.width * self.dtype.itemsize
 
 
-@dataclass
-class _Plan:
-    """What all layers share: the size that storage must have by now, and where the current step writes."""
+class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
+    """What a Transformers model takes as its `cache`: rows of tokens under one budget of memory.
 
-    num_slots: int = 0
-    num_positions: int = 0
-    step: _Prefill | _Decode = field(default_factory=lambda: _Prefill(0, 0, 0))
+    The budget is given at the start and holds `num_tokens` tokens over all layers; on a CPU its pages become real when
+    they are first written. Rows are numbered 0 to B - 1. All have room for the same number of positions, which is a
+    power of two and as small as the rows that are open allow: short rows leave room for many, and one that is as long
+    as the budget has it for itself. What no row has written is zero. Every layer keeps all positions; sliding windows
+    are for the mask. Say `begin` right before the forward that it is about. One thread at a time.
+    """
+
+    def __init__(self, planes: Sequence[Plane], *, max_rows: int, max_positions: int, budget_bytes: int,
+                 device: torch.device) -> None:  # fmt: skip
+        self._token_bytes = sum(plane.token_bytes for plane in planes)
+        self.num_tokens = min(budget_bytes // self._token_bytes, max_rows * max_positions)
+        if self.num_tokens < 1:
+            raise ValueError(f"{budget_bytes} bytes hold no token of {self._token_bytes} bytes")
+        self._max_rows = max_rows
+        self._max_positions = min(max_positions, self.num_tokens)
+        self._kinds: dict[Plane, Tensor] = {}
+        self._shared: dict[Plane, Tensor] = {}
+        self._places: list[tuple[Plane, int]] = []
+        for plane in planes:
+            self._places.append((plane, sum(1 for other, _ in self._places if other == plane)))
+        for plane in dict.fromkeys(planes):
+            shape = (planes.count(plane), self.num_tokens, plane.num_heads, plane.width)
+            self._kinds[plane] = _zeros(shape, plane.dtype, device)
+        self._lengths: list[int] = []
+        self._touched: list[int] = []
+        """Positions of each row that may not be zero any more: a forward that failed has written some too."""
+        self._needs: list[int] = []
+        self._begun: Sequence[tuple[int, int, int]] = ()
+        self._room = (0, 0)
+        super().__init__(layers=[_SlotLayer(self._max_positions) for _ in range(len(planes) // 2)])
+        self._share_out(self._row_positions(FEWEST_POSITIONS))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """How many positions each row holds, by number."""
+        return tuple(self._lengths)
+
+    @property
+    def num_promised(self) -> int:
+        """Tokens that the open rows hold or may still come to hold."""
+        return sum(self._needs)
+
+    @property
+    def most_positions(self) -> int:
+        """The longest row that can ever be had."""
+        return self._max_positions
+
+    @property
+    def size_bytes(self) -> int:
+        return self._token_bytes * self.num_tokens
+
+    def add_row(self, num_positions: int) -> int | None:
+        """A new, empty row that may grow to so many positions; None as long as the open rows leave no room for it."""
+        assert num_positions <= self._max_positions, f"{num_positions} positions, there are {self._max_positions}"
+        if len(self._lengths) == self._max_rows:
+            return None
+        needed = self._row_positions(max(num_positions, FEWEST_POSITIONS, *self._needs))
+        num_rows, positions = self._room
+        if needed > positions or len(self._lengths) == num_rows:
+            if len(self._lengths) >= self._num_rows(needed):
+                return None
+            self._share_out(needed)
+        self._lengths.append(0)
+        self._touched.append(0)
+        self._needs.append(num_positions)
+        return len(self._lengths) - 1
+
+    def remove_row(self, row: int) -> None:
+        """Free a row and zero it again: a NaN left behind would reach the next one, since 0 times NaN is NaN.
+
+        The last row takes its number.
+        """
+        last = len(self._lengths) - 1
+        for held in self._shared.values():
+            held[:, row, : self._touched[row]].zero_()
+            if row != last:
+                moved = held[:, last, : self._touched[last]]
+                held[:, row, : self._touched[last]] = moved
+                moved.zero_()
+        for numbers in (self._lengths, self._touched, self._needs):
+            numbers[row] = numbers[last]
+            numbers.pop()
+
+    def is_zero(self) -> bool:
+        """True if all room that no row has is zero, as it must be; looks at everything."""
+        for held in self._shared.values():
+            for row in range(held.shape[1]):
+                first = self._touched[row] if row < len(self._touched) else 0
+                if bool(held[:, row, first:].any()):
+                    return False
+        return True
+
+    def begin(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """The next forward writes (row, first position, number of tokens) of each part, in order, as one stream."""
+        where = []
+        self._begun = parts
+        for row, start, num_tokens in parts:
+            assert start + num_tokens <= self._needs[row], "a row outgrows what it said it needs"
+            self._touched[row] = max(self._touched[row], start + num_tokens)
+            where.append(torch.arange(start, start + num_tokens) + row * self._room[1])
+        where_T = torch.cat(where).to(next(iter(self._kinds.values())).device)
+        for layer in self.layers:
+            layer.where_T = where_T
+
+    def commit(self) -> None:
+        """The forward has been: what it wrote is now part of the rows."""
+        for row, start, num_tokens in self._begun:
+            self._lengths[row] = start + num_tokens
+        self._begun = ()
+
+    def _row_positions(self, at_least: int) -> int:
+        return min(1 << (at_least - 1).bit_length(), self._max_positions)
+
+    def _num_rows(self, positions: int) -> int:
+        return min(self._max_rows, self.num_tokens // positions)
+
+    def _share_out(self, positions: int) -> None:
+        """Give every row room for so many positions; the open ones are carried over."""
+        kept = []
+        for row, touched in enumerate(self._touched):
+            used = {plane: held[:, row, :touched] for plane, held in self._shared.items()}
+            kept.append({plane: one.clone() for plane, one in used.items()})
+            for one in used.values():
+                one.zero_()
+        num_rows = self._num_rows(positions)
+        self._room = (num_rows, positions)
+        self._shared = {
+            plane: whole[:, : num_rows * positions].view(len(whole), num_rows, positions, plane.num_heads, plane.width)
+            for plane, whole in self._kinds.items()
+        }
+        for row, used in enumerate(kept):
+            for plane, one in used.items():
+                self._shared[plane][:, row, : one.shape[1]] = one
+        for i, layer in enumerate(self.layers):
+            layer.show(*(self._shared[plane][at] for plane, at in self._places[2 * i : 2 * i + 2]))
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """Keys and values of one layer, (S, G, L, D) each. What no row has written is zero."""
+    """Keys and values of one layer, views (S, L, G, D) of the cache's room."""
 
-    def __init__(self, plan: _Plan, max_positions: int) -> None:
+    def __init__(self, max_positions: int) -> None:
         super().__init__()
-        self._plan = plan
         self._max_positions = max_positions
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = _sized(self.keys, self._plan, like=key_states)
-        self.values = _sized(self.values, self._plan, like=value_states)
+        self.where_T = torch.empty(0, dtype=torch.long)
         self.is_initialized = True
 
+    def show(self, keys_SLGD: Tensor, values_SLGD: Tensor) -> None:
+        self.keys, self.values = keys_SLGD.transpose(1, 2), values_SLGD.transpose(1, 2)
+        self._flat = keys_SLGD.flatten(0, 1), values_SLGD.flatten(0, 1)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: the room is there from the start."""
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the step's keys and values (B, G, T, D); returns views of all that its rows hold, (B, G, end, D).
-
-        A decode step's views are as long as its longest row: the mask hides what shorter rows have not written.
-        """
-        self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        step = self._plan.step
-        if isinstance(step, _Prefill):
-            rows = slice(step.slot, step.slot + 1)
-            self.keys[rows, :, step.start : step.end] = key_states
-            self.values[rows, :, step.start : step.end] = value_states
-        else:
-            rows = slice(0, len(step.positions_B))
-            each = torch.arange(len(step.positions_B), device=key_states.device)
-            self.keys[each, :, step.positions_B] = key_states[:, :, 0]
-            self.values[each, :, step.positions_B] = value_states[:, :, 0]
-        return self.keys[rows, :, : step.end], self.values[rows, :, : step.end]
-
-    def move(self, source: int, target: int, num_positions: int) -> None:
-        """Give the last row's slot to its new place; `target` must be zero."""
-        for held in (self.keys, self.values):
-            if held is not None:
-                held[target, :, :num_positions] = held[source, :, :num_positions]
-
-    def clear(self, slot: int, num_positions: int) -> None:
-        """Zero a slot again: a NaN left behind would reach its next row, since 0 times NaN is NaN."""
-        for held in (self.keys, self.values):
-            if held is not None and slot < held.shape[0]:
-                held[slot, :, :num_positions].zero_()
-
-    def release(self) -> None:
-        self.keys = self.values = None
-        self.is_initialized = False
+        """Store the step's keys and values, (1, G, T, D); returns the whole layer's, (S, G, L, D)."""
+        keys, values = self._flat
+        keys.index_copy_(0, self.where_T, key_states[0].transpose(0, 1))
+        values.index_copy_(0, self.where_T, value_states[0].transpose(0, 1))
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._plan.step.end, 0
+        return query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._plan.step.start
+        return 0
 
     def get_max_length(self) -> int:
         return self._max_positions
 
 
-class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
-    """What a Transformers model takes as its `cache`, with a slot for each row that is being generated.
+class PlaneProbe(Cache):  # type: ignore[misc]  # transformers ships no types
+    """A cache that keeps nothing but what it is asked to keep: the planes of each layer, in order."""
 
-    Rows are compact: slots 0 to B - 1. Room grows between steps, in powers of two, and is given back when no row is
-    left. Every layer keeps all positions; sliding windows are for the mask. Say `begin_prefill` or `begin_decode`
-    right before the forward that it is about. One thread at a time.
-    """
-
-    def __init__(self, num_layers: int, *, max_rows: int, max_positions: int) -> None:
-        self._plan = _Plan()
-        self._max_rows = max_rows
-        self._max_positions = max_positions
-        self._lengths: list[int] = []
-        super().__init__(layers=[_SlotLayer(self._plan, max_positions) for _ in range(num_layers)])
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[_ProbeLayer() for _ in range(num_layers)])
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """How many positions each row holds, in order of their slots."""
-        return tuple(self._lengths)
-
-    @property
-    def size_bytes(self) -> int:
-        held = [tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-        return sum(tensor.nbytes for tensor in held)
-
-    def add_row(self) -> int:
-        """A slot for a new row, empty."""
-        assert len(self._lengths) < self._max_rows, "no slot is free"
-        self._lengths.append(0)
-        return len(self._lengths) - 1
-
-    def remove_row(self, slot: int) -> None:
-        """Free a slot; the last row takes its place, so slots stay compact."""
-        last = len(self._lengths) - 1
-        for layer in self.layers:
-            layer.clear(slot, self._lengths[slot])
-            if slot != last:
-                layer.move(last, slot, self._lengths[last])
-                layer.clear(last, self._lengths[last])
-        self._lengths[slot] = self._lengths[last]
-        self._lengths.pop()
-        if not self._lengths:
-            self._plan.num_slots = self._plan.num_positions = 0
-            for layer in self.layers:
-                layer.release()
-
-    def begin_prefill(self, slot: int, num_tokens: int) -> None:
-        """The next forward appends `num_tokens` tokens, (1, T), to one row."""
-        start, end = self._lengths[slot], self._lengths[slot] + num_tokens
-        self._reserve(end)
-        self._lengths[slot] = end
-        self._plan.step = _Prefill(slot, start, end)
-
-    def begin_decode(self, device: torch.device) -> Tensor:
-        """The next forward appends one token to every row, (B, 1). Returns where it stands in its row, (B,)."""
-        positions_B = torch.tensor(self._lengths, device=device)
-        longest = max(self._lengths)
-        self._reserve(longest + 1)
-        self._lengths = [length + 1 for length in self._lengths]
-        self._plan.step = _Decode(positions_B, longest, longest + 1)
-        return positions_B
-
-    def _reserve(self, num_positions: int) -> None:
-        assert num_positions <= self._max_positions, f"{num_positions} positions, there are {self._max_positions}"
-        if len(self._lengths) > self._plan.num_slots:
-            self._plan.num_slots = min(_power_of_two(len(self._lengths)), self._max_rows)
-        if num_positions > self._plan.num_positions:
-            wanted = max(FEWEST_POSITIONS, _power_of_two(num_positions))
-            self._plan.num_positions = min(wanted, self._max_positions)
+    def planes(self) -> list[Plane]:
+        return [plane for layer in self.layers for plane in layer.planes]
 
 
-def _sized(held: Tensor | None, plan: _Plan, *, like: Tensor) -> Tensor:
-    """`held` if it has the planned size, else a copy of it in a zeroed tensor that has."""
-    size = (plan.num_slots, like.shape[1], plan.num_positions, like.shape[3])
-    if held is not None and held.shape == size:
-        return held
-    fresh = torch.zeros(size, dtype=like.dtype, device=like.device)
-    if held is not None:
-        fresh[: held.shape[0], :, : held.shape[2]] = held
-    return fresh
+class _ProbeLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
+    def __init__(self) -> None:
+        super().__init__()
+        self.planes: list[Plane] = []
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to set up."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.planes = [Plane(states.shape[1], states.shape[3], states.dtype) for states in (key_states, value_states)]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
 
 
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU they take no memory until they are written, which torch's own would."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

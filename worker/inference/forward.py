@@ -1,105 +1,108 @@
-"""Forward passes over the rows that are being generated: a prompt into a new row, or one token onto every row."""
+"""One forward over everything that is being generated: a token of each row that decodes, and pieces of prompts."""
 
-# Shapes: B rows, L positions of the longest row, T prompt tokens, V vocabulary.
+# Shapes: T tokens of the step, W rows whose next token is wanted, V vocabulary.
 
 from collections.abc import Sequence
-from typing import Any, Final, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from shared.specs import AdapterShare
+from worker.attention import cached_rows
 from worker.base_model import BaseModel
-from worker.inference.cache import SlotCache
-from worker.lora.manager import AdapterManager
+from worker.inference.cache import PlaneProbe, SlotCache
+from worker.kernels.row_attention import Chunk, RowAttention
+from worker.lora.bank import AdapterBank
 
-_WINDOWED: Final = "sliding_attention"
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step reads of one row: tokens that go on where the row ends, through `shares`.
+
+    `wants_next`: the logits after the last of them are wanted.
+    """
+
+    row: int
+    token_ids: Sequence[int]
+    shares: tuple[AdapterShare, ...]
+    wants_next: bool = True
 
 
 class RowForward:
     """The model, its adapters and its key-value cache, as rows of tokens in and next-token logits out.
 
-    Row i is slot i of the cache. Logits are float32 on the model's device. A forward that raises leaves its rows
-    unusable but the others as they were: remove them. One thread at a time.
+    A forward that raises leaves all rows as long as they were, so it may be tried again with fewer of them. Logits are
+    in the model's dtype, on its device. One thread at a time; `close` gives the model back as it was.
     """
 
-    def __init__(self, base: BaseModel, manager: AdapterManager, *, max_rows: int) -> None:
+    def __init__(self, base: BaseModel, *, max_rows: int, cache_bytes: int) -> None:
         self._model = cast(Any, base.model)
-        self._manager = manager
         self._device = base.device
-        config = self._model.config.get_text_config()
-        self._windows = _windows(config)
-        self._cache = SlotCache(config.num_hidden_layers, max_rows=max_rows, max_positions=base.context_length)
+        num_layers = self._model.config.get_text_config().num_hidden_layers
+        probe = PlaneProbe(num_layers)
 
-    @property
-    def num_rows(self) -> int:
-        return len(self._cache.lengths)
+        @torch.inference_mode()
+        def look() -> None:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
+            positions = torch.arange(2, device=self._device)[None]
+            self._model(input_ids=ids, position_ids=positions, cache=probe, use_cache=True)
 
-    @property
-    def cache_bytes(self) -> int:
-        return self._cache.size_bytes
+        self.bank = AdapterBank(base.model, look)
+        self.cache = SlotCache(
+            probe.planes,
+            max_rows=max_rows,
+            max_positions=base.context_length,
+            budget_bytes=cache_bytes,
+            device=base.device,
+        )
 
-    @torch.inference_mode()
-    def prefill(self, prompt_ids: Sequence[int], adapter: str | None) -> Tensor:
-        """Add a row that holds a prompt, read through `adapter` or the bare base; the logits after it, (V,).
-
-        If it raises, the row has not been added.
-        """
-        slot = self._cache.add_row()
-        try:
-            self._cache.begin_prefill(slot, len(prompt_ids))
-            ids_1T = torch.tensor([list(prompt_ids)], device=self._device)
-            positions_1T = torch.arange(len(prompt_ids), device=self._device)[None]
-            with self._manager.routed_rows([adapter]):
-                return self._logits(ids_1T, positions_1T, None)[0]
-        except BaseException:
-            self._cache.remove_row(slot)
-            raise
+    def close(self) -> None:
+        self.bank.close()
 
     @torch.inference_mode()
-    def decode(self, token_ids: Sequence[int], adapters: Sequence[str | None]) -> Tensor:
-        """Append one token to every row, each through its own adapter; the logits after it, (B, V)."""
-        assert len(token_ids) == len(adapters) == self.num_rows
-        positions_B = self._cache.begin_decode(self._device)
-        ids_B1 = torch.tensor(token_ids, device=self._device)[:, None]
-        with self._manager.routed_rows(adapters):
-            return self._logits(ids_B1, positions_B[:, None], self._masks(positions_B))
+    def add_row(self, num_positions: int) -> int | None:
+        """The number of a new row that may grow to so many tokens; None as long as there is no room for it."""
+        return self.cache.add_row(num_positions)
 
     @torch.inference_mode()
-    def remove(self, row: int) -> None:
+    def remove_row(self, row: int) -> None:
         """Drop a row; the last row takes its number."""
-        self._cache.remove_row(row)
+        self.cache.remove_row(row)
 
-    def _logits(self, ids: Tensor, positions: Tensor, mask: object) -> Tensor:
-        output = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, cache=self._cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        logits: Tensor = output.logits[:, -1]
-        return logits.float()
+    @torch.inference_mode()
+    def step(self, pieces: Sequence[Piece]) -> Tensor:
+        """Append each piece to its row; (W, V) logits after those that want them, in order. One piece a row.
 
-    def _masks(self, positions_B: Tensor) -> Tensor | dict[str, Tensor]:
-        """Boolean (B, 1, 1, L) masks, True where the new token of a row may look; by layer type if the model has such.
-
-        A row's token at position p sees positions 0 to p, with a window w only p - w + 1 to p.
+        Pieces of one token form a batch of the rows; longer ones are read one after the other.
         """
-        keys_L = torch.arange(max(self._cache.lengths), device=self._device)
-        behind_BL = positions_B[:, None] - keys_L[None, :]
-
-        def visible(window: int | None) -> Tensor:
-            seen_BL = behind_BL >= 0
-            if window is not None:
-                seen_BL &= behind_BL < window
-            return seen_BL[:, None, None, :]
-
-        if isinstance(self._windows, dict):
-            return {layer_type: visible(window) for layer_type, window in self._windows.items()}
-        return visible(self._windows)
-
-
-def _windows(config: Any) -> dict[str, int | None] | int | None:
-    """The sliding window by layer type where the model's layers differ, else the one of all its layers (or None)."""
-    if hasattr(config, "layer_types"):
-        kinds = dict.fromkeys(config.layer_types)
-        return {kind: config.sliding_window if kind == _WINDOWED else None for kind in kinds}
-    window: int | None = getattr(config, "sliding_window", None)
-    return window
+        lengths = self.cache.lengths
+        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].token_ids) > 1, pieces[i].row))
+        chunks = [Chunk(pieces[i].row, lengths[pieces[i].row], len(pieces[i].token_ids)) for i in order]
+        num_single = sum(chunk.num_tokens == 1 for chunk in chunks)
+        ids = [token for i in order for token in pieces[i].token_ids]
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
+        ends, last = [], -1
+        for chunk in chunks:
+            last += chunk.num_tokens
+            ends.append(last)
+        end_of = dict(zip(order, ends, strict=True))
+        wanted = [end_of[i] for i, piece in enumerate(pieces) if piece.wants_next]
+        self.cache.begin([(chunk.slot, chunk.start, chunk.num_tokens) for chunk in chunks])
+        rows = RowAttention(chunks[:num_single], chunks[num_single:], self._device)
+        route = self.bank.routed(
+            [pieces[i].shares for i in order[:num_single]],
+            [(len(pieces[i].token_ids), pieces[i].shares) for i in order[num_single:]],
+        )
+        with route, cached_rows(rows):
+            output = self._model(
+                input_ids=torch.tensor([ids], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                cache=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self._device),
+            )
+        self.cache.commit()
+        logits: Tensor = output.logits[0]
+        return logits

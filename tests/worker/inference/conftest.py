@@ -143,24 +143,28 @@ def reference(base: BaseModel, shelf: AdapterShelf, prompt: str, adapter: str | 
 
 
 class Gate:
-    """Lets the forwards of a model pass only as they are allowed, and remembers the shape of each one's input."""
+    """Lets the forwards of a model pass only as they are allowed, and remembers what each was about.
+
+    `steps`: (number of rows whose next token was wanted, number of tokens) of each forward. `fails`, given a forward's
+    token ids, says which raise.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.shapes: list[tuple[int, ...]] = []
-        self.fail_next: BaseException | None = None
+        self.steps: list[tuple[int, int]] = []
+        self.fails: Callable[[list[int]], bool] = lambda ids: False
         self._allowed = threading.Semaphore(0)
         self._open = threading.Event()
         self._arrived = threading.Semaphore(0)
         self._hook = model.register_forward_pre_hook(self._pass, with_kwargs=True)
 
     def _pass(self, model: Any, args: Any, kwargs: Any) -> None:
-        self.shapes.append(tuple(kwargs["input_ids"].shape))
+        ids = kwargs["input_ids"][0].tolist()
+        self.steps.append((len(kwargs["logits_to_keep"]), len(ids)))
         self._arrived.release()
         if not self._open.is_set():
             assert self._allowed.acquire(timeout=WAIT_S)
-        if self.fail_next is not None:
-            error, self.fail_next = self.fail_next, None
-            raise error
+        if self.fails(ids):
+            raise RuntimeError("out of memory")
 
     def wait_for_forward(self) -> None:
         """Until one more forward has come to the gate."""

@@ -1,0 +1,142 @@
+"""Attention of one generation step: a token of each decoding row and chunks of prompts, each over its row's cache."""
+
+# Shapes: S slots of the cache, B decoding rows, L positions, n tokens of one chunk, H query heads, G key-value heads,
+# g = H / G query heads of one key-value head, D head width.
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Mask = Tensor | Literal["causal"] | None
+"""Added to the scores, broadcast over (b, h, q, k); None where all may be seen."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`num_tokens` tokens of the row in `slot`, the first of which stands at position `start` of it."""
+
+    slot: int
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True)
+class RowAttention:
+    """The stream of one step, [T]: first one token of each row in `decode`, then the tokens of each of `prefill`.
+
+    Keys and values come as the whole of a layer's cache, (S, G, L, D), into which the step's own have been written.
+    """
+
+    decode: Sequence[Chunk]
+    prefill: Sequence[Chunk]
+    device: torch.device
+    _masks: dict[object, Tensor] = field(default_factory=dict)
+
+    def __call__(self, query_1HTD: Tensor, key_SGLD: Tensor, value_SGLD: Tensor, *,
+                 scaling: float | None, window: int | None, softcap: float | None) -> Tensor:  # fmt: skip
+        """softmax(cap(scaling q k^T) + mask) v of every token over what its row holds up to it; (1, T, H, D)."""
+        parts = []
+        if self.decode:
+            parts.append(self._decoded(query_1HTD, key_SGLD, value_SGLD, scaling, window, softcap))
+        first = len(self.decode)
+        for chunk in self.prefill:
+            q = query_1HTD[:, :, first : first + chunk.num_tokens]
+            k, v = (held[chunk.slot : chunk.slot + 1, :, : chunk.end] for held in (key_SGLD, value_SGLD))
+            is_whole = chunk.start == 0 and softcap is None and (window is None or chunk.end <= window)
+            mask: Mask = "causal" if is_whole else self._chunk_mask(chunk, window, q.dtype)
+            parts.append(attended(q, k, v, mask, scaling, softcap))
+            first += chunk.num_tokens
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _decoded(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None,
+                 window: int | None, softcap: float | None) -> Tensor:  # fmt: skip
+        """All decoding rows as one batch over the slots 0 to the last of theirs; (1, B, H, D).
+
+        The query heads of a key-value head count as its queries, so that no key is copied.
+        """
+        num_slots = self._num_slots
+        num_heads, groups = query.shape[1], key.shape[1]
+        q_BHD = query[0, :, : len(self.decode)].transpose(0, 1)
+        if num_slots != len(self.decode):  # slots in between are still being prefilled: their result is not used
+            q_BHD = torch.zeros(num_slots, *q_BHD.shape[1:], dtype=q_BHD.dtype, device=q_BHD.device).index_copy_(
+                0, self._slots, q_BHD
+            )
+        longest = max(chunk.end for chunk in self.decode)
+        q_SGgD = q_BHD.reshape(num_slots, groups, num_heads // groups, -1)
+        out_SgGD = attended(q_SGgD, key[:num_slots, :, :longest], value[:num_slots, :, :longest],
+                          self._decode_mask(window, longest, query.dtype), scaling, softcap)  # fmt: skip
+        out_SHD = out_SgGD.transpose(1, 2).reshape(num_slots, num_heads, -1)
+        if num_slots != len(self.decode):
+            out_SHD = out_SHD.index_select(0, self._slots)
+        return out_SHD[None]
+
+    @property
+    def _num_slots(self) -> int:
+        return max(chunk.slot for chunk in self.decode) + 1
+
+    @property
+    def _slots(self) -> Tensor:
+        return self._made("slots", lambda: torch.tensor([chunk.slot for chunk in self.decode], device=self.device))
+
+    def _decode_mask(self, window: int | None, longest: int, dtype: torch.dtype) -> Tensor | None:
+        """(S, 1, 1, L), 0 where a slot's token may look and -inf elsewhere; None if every one may look everywhere."""
+        starts = {chunk.slot: chunk.start for chunk in self.decode}
+        positions = [starts.get(slot, 0) for slot in range(self._num_slots)]
+        if min(positions) + 1 == longest and (window is None or longest <= window):
+            return None
+        return self._made(
+            (window, dtype),
+            lambda: _additive(torch.tensor(positions, device=self.device)[:, None, None, None], longest, window, dtype),
+        )
+
+    def _chunk_mask(self, chunk: Chunk, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """(1, 1, n, L), for a chunk of its row that ends at L; None if it may look everywhere."""
+        if chunk.num_tokens == 1 and (window is None or chunk.end <= window):
+            return None
+        return self._made(
+            (window, dtype, chunk.start, chunk.end),
+            lambda: _additive(
+                torch.arange(chunk.start, chunk.end, device=self.device)[None, None, :, None], chunk.end, window, dtype
+            ),
+        )
+
+    def _made(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """Made by the first layer that needs it, shared by all."""
+        if key not in self._masks:
+            self._masks[key] = make()
+        return self._masks[key]
+
+
+def _additive(positions: Tensor, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """A query at position p sees keys 0 to p, with a window w only p - w + 1 to p."""
+    behind = positions - torch.arange(num_keys, device=positions.device)
+    hidden = behind < 0
+    if window is not None:
+        hidden |= behind >= window
+    return torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, mask: Mask,
+             scaling: float | None, softcap: float | None) -> Tensor:  # fmt: skip
+    """torch's fused attention, or step by step where a soft cap is asked for (Gemma 2, arXiv:2408.00118, sec. 2)."""
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None:
+        options: dict[str, Any] = {"enable_gqa": True} if groups > 1 else {}
+        options |= {"is_causal": True} if isinstance(mask, str) else {"attn_mask": mask}
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, **options)
+        return out.transpose(1, 2)
+    assert not isinstance(mask, str)
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2)

@@ -1,0 +1,336 @@
+"""AdapterBank: the adapters of a model that only serves, mixed in one step at the cost of two small products a site."""
+
+# Shapes: N layers of one kind of site, M members of a site, I in features, O out features of one member, R columns,
+# r rank of one adapter, B tokens that decode, T tokens of the step.
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import IncompatibleAdapter, StateConflict
+from shared.specs import AdapterShare
+from worker.lora.fit import Places, check_fits
+from worker.lora.sites import Site, find_sites
+from worker.lora.spec import LoadedAdapter
+from worker.lora.stack import Part, Stack
+from worker.lora.targets import linear_modules
+
+MOST_COLUMNS: Final = 512
+"""Ranks of the adapters in one joint product, summed. Beyond, computing what other rows' adapters would do costs more
+than a product for each adapter by itself."""
+Shares = tuple[AdapterShare, ...]
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter in the layout of one bank: A and s B of all layers of a kind in one tensor each, by kind."""
+
+    parts: Mapping[int, Part]
+    rank: int
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts.values())
+
+
+@dataclass
+class Kind:
+    """The sites that are alike in every layer of the model, in order, and the stack of those that decode."""
+
+    sites: list[Site]
+    stack: Stack | None = None
+
+    @property
+    def member_sizes(self) -> tuple[int, ...]:
+        return self.sites[0].sizes
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens that go through the same adapters."""
+
+    places: slice | Tensor
+    adapters: tuple[tuple[PackedAdapter, float], ...]
+
+
+@dataclass(frozen=True)
+class _Route:
+    """Who updates what in one step: the first `num_stacked` tokens by the stacks, `spans` one by one."""
+
+    num_tokens: int
+    num_stacked: int = 0
+    hidden_B1R: Tensor | None = None
+    weights_B1R: Tensor | None = None
+    spans: tuple[_Span, ...] = ()
+
+
+@dataclass
+class _Columns:
+    """Which columns of the stacks belong to which adapter."""
+
+    capacity: int = 0
+    of: dict[str, slice] = field(default_factory=dict)
+
+    def gap(self, width: int) -> int | None:
+        """Where `width` free columns begin."""
+        start = 0
+        for taken in sorted(self.of.values(), key=lambda columns: columns.start):
+            if taken.start - start >= width:
+                return start
+            start = taken.stop
+        return start if self.capacity - start >= width else None
+
+
+class AdapterBank:
+    """Attaches adapters to a model that serves, and routes each token of a step through its own.
+
+    Semantics, for a token routed to shares (a, w):  y = x W^T + b + sum of w s_a (x A_a^T) B_a^T
+    Tokens of the bare base, and layers an adapter does not have, get exactly what the base layer gives, whatever else
+    is in the step. Tokens that decode share one pair of products: all their adapters' A side by side, the result zeroed
+    where a column is not the token's own, all their B. Longer runs of tokens have a pair of products for each adapter.
+    A and B are in the model's dtype. Attaching, detaching and routing cost the same however many are attached.
+
+    `probe` runs one forward of the model; sites are found by what it calls. One bank per model, all but `pack` for the
+    thread that owns the model. `close` gives the model back as it was.
+    """
+
+    def __init__(self, model: nn.Module, probe: Callable[[], object]) -> None:
+        self._model = model
+        self._layers = linear_modules(model)
+        self._places = Places.of(model)
+        first = next(iter(self._layers.values())).weight
+        self._dtype, self._device = first.dtype, first.device
+        self.sites = find_sites(model, probe, self._add_updates)
+        self._kinds: list[Kind] = []
+        self._where: dict[str, tuple[int, int, int]] = {}
+        """Path -> number of its kind, of its layer in it, of the member in the site."""
+        self._kind_of: dict[Site, tuple[int, int]] = {}
+        by_shape: dict[object, int] = {}
+        for site in self.sites:
+            shape = (tuple(_leaf(path) for path in site.paths), site.sizes, site.in_features)
+            if shape not in by_shape:
+                by_shape[shape] = len(self._kinds)
+                self._kinds.append(Kind([]))
+            number = by_shape[shape]
+            layer = len(self._kinds[number].sites)
+            self._kinds[number].sites.append(site)
+            self._kind_of[site] = (number, layer)
+            self._where |= {path: (number, layer, member) for member, path in enumerate(site.paths)}
+            site.install()
+        self._attached: dict[str, PackedAdapter] = {}
+        self._columns = _Columns()
+        self._route: _Route | None = None
+        self._last: tuple[object, _Route] | None = None
+
+    def pack(self, adapter: LoadedAdapter, *, name: str) -> PackedAdapter:
+        """`adapter` in this bank's layout and dtype, s folded into B; any thread may. Raises IncompatibleAdapter."""
+        check_fits(self._places, adapter, name=name)
+        paths: dict[int, list[str]] = {}
+        for path in adapter.tensors:
+            paths.setdefault(self._where[path][0], []).append(path)
+        parts = {}
+        for number, own in paths.items():
+            kind = self._kinds[number]
+            parts[number] = Part.of(
+                {self._where[path][1:]: (*adapter.tensors[path], adapter.spec.scaling(path)) for path in own},
+                num_layers=len(kind.sites),
+                dtype=self._dtype,
+                device=self._device,
+            )
+        if not all(part.is_finite for part in parts.values()):
+            raise IncompatibleAdapter(
+                f"adapter {name} overflows {self._dtype} once it is scaled", param="adapter_model"
+            )
+        return PackedAdapter(parts, max((part.rank for part in parts.values()), default=1))
+
+    def attach(self, version_id: str, packed: PackedAdapter) -> None:
+        """From now on shares may name it. Raises StateConflict if the name is taken."""
+        if version_id in self._attached:
+            raise StateConflict(f"adapter {version_id!r} is attached already")
+        self._attached[version_id] = packed
+
+    def detach(self, version_id: str) -> None:
+        """Forget an adapter, and with the last one what the stacks took."""
+        del self._attached[version_id]
+        self._columns.of.pop(version_id, None)
+        self._last = None
+        if not self._attached:
+            self._drop_stacks()
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._attached)
+
+    def __contains__(self, version_id: object) -> bool:
+        return version_id in self._attached
+
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    @property
+    def stack_bytes(self) -> int:
+        return sum(kind.stack.size_bytes for kind in self._kinds if kind.stack is not None)
+
+    def close(self) -> None:
+        """The layers of the model compute by themselves again."""
+        for site in self.sites:
+            site.undo()
+        self._attached.clear()
+        self._drop_stacks()
+
+    @contextmanager
+    def routed(self, decode: Sequence[Shares], prefill: Sequence[tuple[int, Shares]]) -> Iterator[None]:
+        """Inside, a forward's stream is one token for each of `decode`, then (number of tokens, shares) runs."""
+        assert self._route is None, "a step is being routed already"
+        self._route = self._routed(decode, prefill)
+        try:
+            yield
+        finally:
+            self._route = None
+
+    def _routed(self, decode: Sequence[Shares], prefill: Sequence[tuple[int, Shares]]) -> _Route | None:
+        runs: list[_Span] = []
+        start = len(decode)
+        for num_tokens, shares in prefill:
+            if shares:
+                runs.append(_Span(slice(start, start + num_tokens), self._packed(shares)))
+            start += num_tokens
+        decoding = self._decoding(decode)
+        if decoding is None and not runs:
+            return None
+        if decoding is None:
+            return _Route(start, spans=tuple(runs))
+        return _Route(start, decoding.num_stacked, decoding.hidden_B1R, decoding.weights_B1R,
+                      (*decoding.spans, *runs))  # fmt: skip
+
+    def _decoding(self, decode: Sequence[Shares]) -> _Route | None:
+        """The part of the route that stays as it is from step to step, as long as the same rows decode."""
+        key = tuple(tuple((share.version_id, share.weight) for share in shares) for shares in decode)
+        if not any(key):
+            return None
+        if self._last is not None and self._last[0] == key:
+            return self._last[1]
+        if len(set(key)) == 1:
+            route = _Route(len(decode), spans=(_Span(slice(0, len(decode)), self._packed(decode[0])),))
+        else:
+            route = self._stacked(decode)
+        self._last = (key, route)
+        return route
+
+    def _stacked(self, decode: Sequence[Shares]) -> _Route:
+        wanted: dict[str, int] = {}
+        for shares in decode:
+            for share in shares:
+                wanted.setdefault(share.version_id, self._attached[share.version_id].rank)
+        seated = self._seat(wanted)
+        weights_BR = torch.zeros(len(decode), self._columns.capacity)
+        alone: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for row, shares in enumerate(decode):
+            if all(share.version_id in seated for share in shares):
+                for share in shares:
+                    weights_BR[row, self._columns.of[share.version_id]] = share.weight
+            else:
+                alone.setdefault(tuple((share.version_id, share.weight) for share in shares), []).append(row)
+        spans = tuple(
+            _Span(torch.tensor(rows, device=self._device), self._packed(decode[rows[0]])) for rows in alone.values()
+        )
+        is_plain = all(share.weight == 1.0 for shares in decode for share in shares)
+        weights_B1R = weights_BR[:, None, :]
+        return _Route(
+            len(decode),
+            len(decode) if seated else 0,
+            (weights_B1R == 0).to(self._device),
+            None if is_plain else weights_B1R.to(self._device, self._dtype),
+            spans,
+        )
+
+    def _packed(self, shares: Shares) -> tuple[tuple[PackedAdapter, float], ...]:
+        return tuple((self._attached[share.version_id], share.weight) for share in shares)
+
+    def _seat(self, wanted: Mapping[str, int]) -> set[str]:
+        """Give the wanted adapters columns of the stacks, at the cost of others; the names of those that got some."""
+        taken = self._columns.of
+        if wanted.keys() <= taken.keys():
+            return set(wanted)
+        for name, rank in wanted.items():
+            if name in taken:
+                continue
+            start = self._columns.gap(rank)
+            if start is None:
+                for idle in [other for other in taken if other not in wanted]:
+                    del taken[idle]
+                start = self._columns.gap(rank)
+            if start is None:
+                return self._seat_anew(wanted)
+            self._place(name, slice(start, start + rank))
+        return set(wanted)
+
+    def _seat_anew(self, wanted: Mapping[str, int]) -> set[str]:
+        """Lay the stacks out again for as many of the wanted adapters as they may hold."""
+        seated: dict[str, int] = {}
+        for name, rank in sorted(wanted.items(), key=lambda one: one[1]):
+            if sum(seated.values()) + rank <= MOST_COLUMNS:
+                seated[name] = rank
+        self._drop_stacks()
+        self._columns.capacity = min(MOST_COLUMNS, -(-sum(seated.values()) * 5 // 4 // 32) * 32)
+        start = 0
+        for name, rank in seated.items():
+            self._place(name, slice(start, start + rank))
+            start += rank
+        return set(seated)
+
+    def _place(self, name: str, columns: slice) -> None:
+        self._columns.of[name] = columns
+        packed = self._attached[name]
+        for number, kind in enumerate(self._kinds):
+            part = packed.parts.get(number)
+            if part is not None and (kind.stack is None or not set(part.members) <= set(kind.stack.members)):
+                kind.stack = self._grown(number, kind, part)
+            if kind.stack is not None:
+                kind.stack.put(columns, part)
+
+    def _grown(self, number: int, kind: Kind, part: Part) -> Stack:
+        """A stack for the members of a kind that `part` brings too, with what the old one held."""
+        members = sorted({*part.members, *(kind.stack.members if kind.stack is not None else ())})
+        stack = Stack(
+            members, [kind.member_sizes[member] for member in members], num_layers=len(kind.sites),
+            in_features=kind.sites[0].in_features, num_columns=self._columns.capacity, dtype=self._dtype,
+            device=self._device,
+        )  # fmt: skip
+        for name, columns in self._columns.of.items():
+            stack.put(columns, self._attached[name].parts.get(number))
+        return stack
+
+    def _drop_stacks(self) -> None:
+        self._columns = _Columns()
+        self._last = None
+        for kind in self._kinds:
+            kind.stack = None
+
+    def _add_updates(self, site: Site, x_TI: Tensor, y_TO: Tensor) -> None:
+        route = self._route
+        if route is None:
+            return
+        if len(x_TI) != route.num_tokens:
+            raise ValueError(f"routed {route.num_tokens} tokens, but the input of {site.paths[0]} has {len(x_TI)}")
+        number, layer = self._kind_of[site]
+        kind = self._kinds[number]
+        if route.num_stacked and kind.stack is not None:
+            assert route.hidden_B1R is not None
+            kind.stack.add(layer, x_TI[: route.num_stacked], y_TO[: route.num_stacked], kind.member_sizes,
+                           hidden_B1R=route.hidden_B1R, weights_B1R=route.weights_B1R)  # fmt: skip
+        for span in route.spans:
+            for packed, weight in span.adapters:
+                part = packed.parts.get(number)
+                if part is not None:
+                    part.add(layer, x_TI, y_TO, kind.member_sizes, places=span.places, weight=weight)
+
+
+def _leaf(path: str) -> str:
+    """The part of a path below the innermost numbered block: 'self_attn.q_proj' of 'layers.0.self_attn.q_proj'."""
+    parts = path.split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbered[-1] + 1 :]) if numbered else path

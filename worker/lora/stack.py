@@ -1,0 +1,116 @@
+"""The tensors of served adapters: one adapter's over all layers of a kind, and many adapters' side by side."""
+
+# Shapes: N layers, M members of a site, I in features, O out features of one member, R columns, r rank of one adapter,
+# B tokens.
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One adapter at all N layers of one kind of site: A (N, M r, I) of its members, and s B^T (N, r, O) of each.
+
+    Layers and members that the adapter lacks, and the columns that a smaller rank leaves, are zero.
+    """
+
+    members: tuple[int, ...]
+    rank: int
+    a_NMI: Tensor
+    b_NrO: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[tuple[int, int], tuple[Tensor, Tensor, float]], *, num_layers: int,
+           dtype: torch.dtype, device: torch.device) -> "Part":  # fmt: skip
+        """From (layer, member) -> (A (r, I), B (O, r), s)."""
+        members = tuple(sorted({member for _, member in tensors}))
+        rank = max(len(a_rI) for a_rI, _, _ in tensors.values())
+        in_features = next(iter(tensors.values()))[0].shape[1]
+        sizes = {member: len(b_Or) for (_, member), (_, b_Or, _) in tensors.items()}
+        a_NMrI = torch.zeros(num_layers, len(members), rank, in_features, dtype=dtype)
+        b_NrO = tuple(torch.zeros(num_layers, rank, sizes[member], dtype=dtype) for member in members)
+        # Layers that are alike go at once: one by one, the calls would take longer than the work.
+        alike: dict[tuple[int, int], list[int]] = {}
+        for (layer, member), (a_rI, _, _) in sorted(tensors.items(), key=lambda item: item[0]):
+            alike.setdefault((member, len(a_rI)), []).append(layer)
+        for (member, own_rank), layers in alike.items():
+            i = members.index(member)
+            at = slice(None) if len(layers) == num_layers else torch.tensor(layers)
+            halves = [tensors[layer, member] for layer in layers]
+            a_NMrI[at, i, :own_rank] = torch.stack([a_rI for a_rI, _, _ in halves]).to(dtype)
+            scaling_N11 = torch.tensor([scaling for _, _, scaling in halves])[:, None, None]
+            b_NOr = torch.stack([b_Or for _, b_Or, _ in halves]).mul_(scaling_N11).to(dtype)
+            b_NrO[i][at, :own_rank] = b_NOr.transpose(1, 2)
+        return cls(members, rank, a_NMrI.flatten(1, 2).to(device), tuple(half.to(device) for half in b_NrO))
+
+    @property
+    def size_bytes(self) -> int:
+        return self.a_NMI.nbytes + sum(half.nbytes for half in self.b_NrO)
+
+    @property
+    def is_finite(self) -> bool:
+        return all(torch.stack(torch.aminmax(half)).isfinite().all() for half in (self.a_NMI, *self.b_NrO))
+
+    def add(self, layer: int, x_TI: Tensor, y_TO: Tensor, sizes: Sequence[int], *, places: slice | Tensor,
+            weight: float) -> None:  # fmt: skip
+        """y[places] += weight s (x[places] A^T) B^T, for each member on its part of y, in place."""
+        low = x_TI[places] @ self.a_NMI[layer].t()
+        for i, (member, b_NrO) in enumerate(zip(self.members, self.b_NrO, strict=True)):
+            low_r = low[:, i * self.rank : (i + 1) * self.rank]
+            columns = _columns(member, sizes)
+            if isinstance(places, slice):
+                y_TO[places, columns].addmm_(low_r, b_NrO[layer], alpha=weight)
+            else:
+                y_TO[:, columns].index_add_(0, places, low_r @ b_NrO[layer], alpha=weight)
+
+
+class Stack:
+    """Columns for many adapters at all N layers of one kind of site: A (N, M, R, I) and s B^T (N, R, O) a member."""
+
+    def __init__(self, members: Sequence[int], out_features: Sequence[int], *, num_layers: int, in_features: int,
+                 num_columns: int, dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
+        self.members = tuple(members)
+        self._a = torch.zeros(num_layers, len(members), num_columns, in_features, dtype=dtype, device=device)
+        self._b = [torch.zeros(num_layers, num_columns, size, dtype=dtype, device=device) for size in out_features]
+        self._a_layers = [cast(Tensor, a.flatten(0, 1).t()) for a in self._a]
+        self._b_layers = [list(b) for b in self._b]
+        self._num_columns = num_columns
+
+    @property
+    def size_bytes(self) -> int:
+        return self._a.nbytes + sum(b.nbytes for b in self._b)
+
+    def put(self, columns: slice, part: Part | None) -> None:
+        """Write an adapter into columns, as wide as its widest part; None if it does nothing here."""
+        self._a[:, :, columns].zero_()
+        if part is None:
+            return
+        own = slice(columns.start, columns.start + part.rank)
+        a = part.a_NMI.view(len(part.a_NMI), len(part.members), part.rank, -1)
+        for i, member in enumerate(part.members):
+            at = self.members.index(member)
+            self._a[:, at, own] = a[:, i]
+            self._b[at][:, own] = part.b_NrO[i]
+
+    def add(self, layer: int, x_BI: Tensor, y_BO: Tensor, sizes: Sequence[int], *, hidden_B1R: Tensor,
+            weights_B1R: Tensor | None) -> None:  # fmt: skip
+        """y += weights * (x A^T) B^T with what is hidden set to zero, for each member on its part of y, in place.
+
+        Zeroed, not multiplied by zero: an adapter whose x A^T overflows must not reach another row as NaN.
+        """
+        low_BMR = (x_BI @ self._a_layers[layer]).view(len(x_BI), len(self.members), self._num_columns)
+        low_BMR.masked_fill_(hidden_B1R, 0)
+        if weights_B1R is not None:
+            low_BMR *= weights_B1R
+        for i, member in enumerate(self.members):
+            y_BO[:, _columns(member, sizes)].addmm_(low_BMR[:, i], self._b_layers[i][layer])
+
+
+def _columns(member: int, sizes: Sequence[int]) -> slice:
+    ends = list(accumulate(sizes, initial=0))
+    return slice(ends[member], ends[member + 1])
