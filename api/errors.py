@@ -9,6 +9,7 @@ from flask import Flask, Request, Response, g, request
 from sqlalchemy.exc import InterfaceError, OperationalError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
+from api.hangup import ClientGone
 from api.schemas.wire import ErrorBody, ErrorDetail
 from shared import errors
 
@@ -39,6 +40,7 @@ TABLE: dict[type[errors.LoradError], Answer] = {
     errors.UnsupportedMediaType: Answer(415, "invalid_request_error"),
     errors.IdempotencyMismatch: Answer(422, "invalid_request_error", _NO_RETRY),
     errors.QueueFull: Answer(429, "rate_limit_error", _SOON),
+    ClientGone: Answer(499, "client_error"),
     errors.Unavailable: Answer(503, "server_error", _SOON),
     errors.DeadlineExceeded: Answer(504, "server_error", _NO_RETRY),
     errors.LoradError: Answer(500, "server_error"),
@@ -61,6 +63,13 @@ def error_body(message: str, type: str, param: str | None, code: str | None) -> 
 
 def answer_for(error: errors.LoradError) -> Answer:
     return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def _headers_for(error: errors.LoradError) -> tuple[tuple[str, str], ...]:
+    """What the table says; a full queue knows itself when to come back."""
+    if isinstance(error, errors.QueueFull):
+        return (("Retry-After", str(error.retry_after_s)),)
+    return answer_for(error).headers
 
 
 def body_for(error: errors.LoradError) -> ErrorBody:
@@ -101,7 +110,7 @@ def _on_domain_error(error: errors.LoradError) -> Response:
     answer = answer_for(error)
     if answer.status >= 500:
         log.error("%s %s %s: %s", g.request_id, request.method, request.path, error.message)
-    return _respond(answer.status, body_for(error), answer.headers)
+    return _respond(answer.status, body_for(error), _headers_for(error))
 
 
 def _on_http_error(error: HTTPException) -> Response:
