@@ -2,69 +2,108 @@
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, cast
 
-from flask import Response
+from flask import Response, request
 from pydantic import BaseModel
 
-from api import errors, sse
+from api import errors, hangup, sse
 from api.call import Call
+from api.mix import speaker
 from api.schemas.completions import Sampling
 from shared import ids, limits
 from shared.errors import InvalidRequest, LoradError, Unavailable
-from shared.specs import AdapterShare, Chunk, GenerationRequest, Message, Usage
-from shared.store.models import resolve_model
+from shared.specs import Chunk, GeneratedToken, GenerationRequest, Message, Usage
 from shared.tables import BaseModelRow
 
+FinishReason = Literal["stop", "length"]
 
-class Piece(NamedTuple):
-    """Part of a streamed answer, in no dialect yet."""
+_PASSED_ON = {
+    "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty",
+    "seed", "stop", "ignore_eos",
+}  # fmt: skip
+"""Parameters that the generator knows by the same name; what is null is the generator's default."""
 
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of one choice of a streamed answer, or the usage of all, in no dialect yet."""
+
+    index: int = 0
     text: str = ""
-    finish_reason: Literal["stop", "length"] | None = None
+    tokens: list[GeneratedToken] | None = None
+    finish_reason: FinishReason | None = None
     is_first: bool = False
     usage: Usage | None = None
 
 
-class Whole(NamedTuple):
-    """A finished answer, in no dialect yet."""
+@dataclass(frozen=True)
+class Choice:
+    """One whole sequence, in no dialect yet. `tokens` only if log-probabilities were asked for."""
 
+    index: int
     text: str
-    finish_reason: Literal["stop", "length"]
+    tokens: list[GeneratedToken] | None
+    finish_reason: FinishReason
+
+
+class Whole(NamedTuple):
+    """A finished answer: its choices by index."""
+
+    choices: list[Choice]
     usage: Usage
-    fingerprint: str | None
+
+
+@dataclass
+class _Draft:
+    """What is there of one choice."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self.texts.append(chunk.text)
+        self.tokens += chunk.logprobs or []
+        self.finish_reason = chunk.finish_reason or self.finish_reason
 
 
 @dataclass
 class Generation:
-    """An answer whose first chunk has come. `hex_id` names it; `model_id` says which weights speak."""
+    """An answer whose first chunk has come. `hex_id` names it; `model_id` and `fingerprint` say which weights speak."""
 
     hex_id: str
     model_id: str
     created: int
+    num_choices: int
+    has_logprobs: bool
     fingerprint: str | None
     chunks: Iterator[Chunk]
     cancel: Callable[[], None]
 
     def whole(self) -> Whole:
-        """Wait for the end; raises what the generator reports."""
-        texts: list[str] = []
+        """Wait for the end of every choice; raises what the generator reports, and ClientGone."""
+        drafts: dict[int, _Draft] = defaultdict(_Draft)
         try:
-            for chunk in self.chunks:
-                texts.append(_checked(chunk).text)
-                if chunk.finish_reason is not None and chunk.usage is not None:
-                    return Whole(
-                        "".join(texts), chunk.finish_reason, chunk.usage, chunk.fingerprint or self.fingerprint
-                    )
+            for chunk in self._checked_chunks():
+                drafts[chunk.index].add(chunk)
+                if chunk.usage is not None:
+                    return Whole([self._choice(index, drafts[index]) for index in range(self.num_choices)], chunk.usage)
         finally:
             self.cancel()
-        raise Unavailable("The answer broke off.")
+        raise _BrokeOff
 
     def stream(self, say: Callable[[Piece], BaseModel], *, with_usage: bool) -> Response:
         """The answer as server-sent events, each piece put into words by `say`."""
         return sse.stream(self._events(say, with_usage), on_close=self.cancel)
+
+    def _choice(self, index: int, draft: _Draft) -> Choice:
+        if draft.finish_reason is None:
+            raise _BrokeOff
+        return Choice(index, "".join(draft.texts), draft.tokens if self.has_logprobs else None, draft.finish_reason)
 
     def _events(self, say: Callable[[Piece], BaseModel], with_usage: bool) -> Iterator[str]:
         try:
@@ -75,17 +114,29 @@ class Generation:
             yield sse.event(errors.body_for(error).model_dump_json())
 
     def _pieces(self, with_usage: bool) -> Iterator[Piece]:
-        yield Piece(is_first=True)
-        for chunk in self.chunks:
-            _checked(chunk)
-            if chunk.text:
-                yield Piece(chunk.text)
+        begun: set[int] = set()
+        for chunk in self._checked_chunks():
+            if chunk.index not in begun:
+                begun.add(chunk.index)
+                yield Piece(chunk.index, is_first=True)
+            if chunk.text or chunk.logprobs:
+                yield Piece(chunk.index, chunk.text, chunk.logprobs)
             if chunk.finish_reason is not None:
-                yield Piece(finish_reason=chunk.finish_reason)
-                if with_usage and chunk.usage is not None:
+                yield Piece(chunk.index, finish_reason=chunk.finish_reason)
+            if chunk.usage is not None:
+                if with_usage:
                     yield Piece(usage=chunk.usage)
                 return
-        raise Unavailable("The answer broke off.")
+        raise _BrokeOff
+
+    def _checked_chunks(self) -> Iterator[Chunk]:
+        for chunk in self.chunks:
+            self.fingerprint = _checked(chunk).fingerprint or self.fingerprint
+            yield chunk
+
+
+class _BrokeOff(Unavailable):
+    """The answer broke off."""
 
 
 def begin(
@@ -93,39 +144,37 @@ def begin(
     asked: Sampling,
     *,
     max_tokens: int | None,
+    num_logprobs: int | None,
     messages: list[Message] | None = None,
-    prompt: str | None = None,
+    prompt: str | list[int] | None = None,
+    echo: bool = False,
 ) -> Generation:
     """Send the request and wait for its first chunk, so that what is wrong with it has its own HTTP status."""
     with call.read() as tx:
-        model = resolve_model(tx, call.tenant, asked.model)
-    _check_length(max_tokens, model.base)
-    request_id = ids.new_id(ids.REQUEST)
-    chunks = cast(
-        "Generator[Chunk]",
-        call.queue.generate(
-            GenerationRequest(
-                request_id=request_id,
-                base_model_id=model.base.id,
-                tenant=call.tenant,
-                adapters=[AdapterShare(version_id=model.version.id)] if model.version else [],
-                messages=messages,
-                prompt=prompt,
-                max_tokens=max_tokens,
-                temperature=1.0 if asked.temperature is None else asked.temperature,
-                top_p=1.0 if asked.top_p is None else asked.top_p,
-                top_k=asked.top_k or 0,
-                seed=asked.seed,
-                stop=list(asked.stop or []),
-                deadline_unix_s=time.time() + limits.GENERATION_TIMEOUT_S,
-            )
-        ),
+        who = speaker(tx, call.tenant, asked)
+    _check_fit(who.base, max_tokens, prompt)
+    wanted = GenerationRequest(
+        request_id=ids.new_id(ids.REQUEST),
+        tenant=call.tenant,
+        base_model_id=who.base.id,
+        adapters=who.shares,
+        messages=messages,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        echo=echo,
+        logprobs=num_logprobs,
+        response_format=asked.response_format.as_spec() if asked.response_format else None,
+        deadline_unix_s=time.time() + limits.GENERATION_TIMEOUT_S,
+        **asked.model_dump(include=_PASSED_ON, exclude_none=True),
     )
+    chunks = cast("Generator[Chunk]", call.queue.generate(wanted, look_up=hangup.watch(request.environ)))
     first = _first(chunks)
     return Generation(
-        hex_id=request_id.removeprefix(ids.REQUEST),
-        model_id=model.model_id,
+        hex_id=wanted.request_id.removeprefix(ids.REQUEST),
+        model_id=who.model_id,
         created=int(time.time()),
+        num_choices=wanted.n,
+        has_logprobs=num_logprobs is not None,
         fingerprint=first.fingerprint,
         chunks=itertools.chain([first], chunks),
         cancel=chunks.close,
@@ -148,10 +197,16 @@ def _checked(chunk: Chunk) -> Chunk:
     return chunk
 
 
-def _check_length(max_tokens: int | None, base: BaseModelRow) -> None:
+def _check_fit(base: BaseModelRow, max_tokens: int | None, prompt: str | list[int] | None) -> None:
+    """Refuse what this base model cannot have been asked for: more tokens than its context, tokens it has not."""
     context: int = base.config["context_length"]
     if max_tokens is not None and max_tokens > context:
         raise InvalidRequest(
             f"'max_tokens' may be at most {context}, the context of {base.name!r} (given: {max_tokens}).",
             param="max_tokens",
+        )
+    num_ids: int = base.config["vocab_size"]
+    if isinstance(prompt, list) and max(prompt) >= num_ids:
+        raise InvalidRequest(
+            f"'prompt' holds the token id {max(prompt)}; those of {base.name!r} end at {num_ids - 1}.", param="prompt"
         )

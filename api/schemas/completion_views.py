@@ -11,6 +11,8 @@ FinishReason = Literal["stop", "length"]
 
 
 class UsageView(Out):
+    """Tokens of one request: the prompt's once, and those of all its choices."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -22,13 +24,47 @@ class UsageView(Out):
 
 
 class Answered(Out):
-    """`model` is the base model's name, or `name@version` of the adapter that spoke; `system_fingerprint` is a digest
-    over the weights of both."""
+    """`model` is the base model's name, or `name@version` of the adapter that spoke, or for a mix the base model and
+    what was added to it: `base+math@3*0.7+poetry@1*-0.5`. `system_fingerprint` is a digest over all those weights."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str | None
+
+
+class LikelyToken(Out):
+    """`logprob` is the natural logarithm of the token's probability, before temperature and cuts."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+    @classmethod
+    def of(cls, token: specs.TokenLogprob) -> "LikelyToken":
+        return cls(token=token.token, logprob=token.logprob, bytes=token.bytes)
+
+
+class ChosenToken(LikelyToken):
+    """A token of the answer, and the likeliest ones at its place, likeliest first."""
+
+    top_logprobs: list[LikelyToken]
+
+
+class ChatLogprobs(Out):
+    content: list[ChosenToken]
+    refusal: None = None
+
+
+class TextLogprobs(Out):
+    """One entry per token. `text_offset` counts the characters of the choice's whole text before the token, also in a
+    stream. `top_logprobs` holds the chosen token too. A token that is only part of a character is written
+    `bytes:\\xe2\\x82`."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
 
 
 class AssistantMessage(Out):
@@ -38,10 +74,10 @@ class AssistantMessage(Out):
 
 
 class ChatChoice(Out):
-    index: int = 0
+    index: int
     message: AssistantMessage
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: ChatLogprobs | None
 
 
 class ChatCompletion(Answered):
@@ -61,10 +97,10 @@ class Delta(Out):
 
 
 class ChatChunkChoice(Out):
-    index: int = 0
+    index: int
     delta: Delta
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: FinishReason | None
+    logprobs: ChatLogprobs | None
 
 
 class ChatCompletionChunk(Answered):
@@ -74,10 +110,10 @@ class ChatCompletionChunk(Answered):
 
 
 class TextChoice(Out):
-    index: int = 0
+    index: int
     text: str
     finish_reason: FinishReason
-    logprobs: None = None
+    logprobs: TextLogprobs | None
 
 
 class Completion(Answered):
@@ -87,10 +123,10 @@ class Completion(Answered):
 
 
 class TextChunkChoice(Out):
-    index: int = 0
+    index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: TextLogprobs | None
 
 
 class CompletionChunk(Answered):

@@ -6,15 +6,16 @@ OpenAI's parameters that mean something else here than their neutral value are r
 import json
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, JsonValue, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from api.schemas.wire import In, ModelName
-from shared import limits
+from shared import limits, specs
 from shared.errors import InvalidRequest
 from shared.specs import Message
 
 MAX_SEED = (1 << 63) - 1
+_OPENAI_DEFAULT_MAX_TOKENS = 16
 
 
 class Only:
@@ -36,17 +37,28 @@ class Only:
         return value
 
 
-Zero = Annotated[object, Only(0, 0.0)]
-One = Annotated[object, Only(1)]
 No = Annotated[object, Only(False)]
 NoneAtAll = Annotated[object, Only([])]
 EmptyMap = Annotated[object, Only({})]
 Nothing = Annotated[object, Only()]
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARS)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+NumLogprobs = Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)]
 
 
 def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+def _only_one(value: object) -> object:
+    """The prompt of a list of prompts."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, str | list) for one in value):
+        return value
+    if len(value) > 1:
+        raise PydanticCustomError(
+            "several_prompts", "holds {count} prompts: send one request for each", {"count": len(value)}
+        )
+    return value[0]
 
 
 class StreamOptions(In):
@@ -54,21 +66,68 @@ class StreamOptions(In):
     include_obfuscation: No = None
 
 
-class Sampling(In):
-    """What chat and raw completions share. `top_k` 0 means no limit; `user` and its heirs are labels, ignored."""
+class JsonSchemaFormat(In):
+    """`schema` is a JSON Schema; `name` and `description` are labels. It always holds, whatever `strict` says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    json_schema: Annotated[dict[str, JsonValue], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(In):
+    """What the text of an answer is: anything, any JSON object, or JSON that a schema accepts.
+
+    An answer that reaches `max_tokens` ends where it stands, as its `finish_reason` says.
+    """
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_iff_asked(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequest(
+                "'response_format.json_schema' is given with the type \"json_schema\", and only with it.",
+                param="response_format.json_schema",
+            )
+        return self
+
+    def as_spec(self) -> specs.ResponseFormat | None:
+        """None stands for plain text."""
+        if self.type == "text":
+            return None
+        schema = None if self.json_schema is None else self.json_schema.json_schema
+        return specs.ResponseFormat(type=self.type, json_schema=schema)
+
+
+class MixPart(In):
+    """One adapter of a mix. Its update counts `weight` times: 1 is the adapter as it was trained."""
 
     model: ModelName
+    weight: Annotated[float, Field(ge=-limits.MAX_MIX_WEIGHT, le=limits.MAX_MIX_WEIGHT)] = 1.0
+
+
+class Sampling(In):
+    """What chat and raw completions share; the module of the endpoints says what it means."""
+
+    model: ModelName
+    lora_mix: Annotated[list[MixPart], Field(min_length=2, max_length=limits.MAX_MIX)] | None = None
+    n: Annotated[int, Field(ge=1, le=limits.MAX_CHOICES)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Annotated[list[StopString], Field(max_length=limits.MAX_STOP_STRINGS), BeforeValidator(_listed)] | None = None
+    ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: One = None
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
     logit_bias: EmptyMap = None
     user: str | None = None
 
@@ -106,12 +165,13 @@ class ChatMessage(In):
 
 
 class ChatRequest(Sampling):
+    """`top_logprobs` are the likeliest tokens at each place of the answer, and need `logprobs`."""
+
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """OpenAI's newer name of max_tokens."""
-    logprobs: No = None
-    top_logprobs: Zero = None
-    response_format: Annotated[object, Only({"type": "text"})] = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
     modalities: Annotated[object, Only(["text"])] = None
     tools: NoneAtAll = None
     tool_choice: Annotated[object, Only("none", "auto")] = None
@@ -126,18 +186,37 @@ class ChatRequest(Sampling):
     def _one_limit(self) -> "ChatRequest":
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise InvalidRequest("Give 'max_completion_tokens' or 'max_tokens', not both.", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("'top_logprobs' needs 'logprobs': true.", param="top_logprobs")
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Sampling):
-    """`prompt` is raw text: it may hold special tokens. `max_tokens` defaults to 16, as with OpenAI."""
+    """`prompt` is raw text, which may hold special tokens, or token ids; a list of one prompt is that prompt.
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
-    best_of: One = None
-    echo: No = None
-    logprobs: Nothing = None
+    `max_tokens` defaults to 16, as with OpenAI. `echo` begins each answer with the prompt. `logprobs` asks for so many
+    of the likeliest tokens at each place, beside the one that was chosen; those of an echoed prompt are not to be had.
+    """
+
+    prompt: Annotated[str | Annotated[list[TokenId], Field(min_length=1)], BeforeValidator(_only_one)]
+    best_of: Annotated[int, Field(ge=1, le=limits.MAX_CHOICES)] | None = None
+    echo: bool | None = None
+    logprobs: NumLogprobs | None = None
     suffix: Nothing = None
 
+    @model_validator(mode="after")
+    def _possible(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest("All answers are returned: 'best_of' must be equal to 'n'.", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("'logprobs' cannot be had with 'echo'.", param="logprobs")
+        return self
+
     @property
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def length(self) -> int:
+        """The longest answer, in tokens."""
+        return self.max_tokens or _OPENAI_DEFAULT_MAX_TOKENS

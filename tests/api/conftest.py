@@ -1,6 +1,7 @@
-"""A running API for each test: real HTTP, SQLite and Valkey, and a generator of twenty lines in place of a model."""
+"""A running API for each test: real HTTP, SQLite and Valkey, and a generator of a few lines in place of a model."""
 
 import base64
+import hashlib
 import json
 import threading
 import time
@@ -21,7 +22,7 @@ from shared import jobs, keys
 from shared.config import Settings
 from shared.db import read, write
 from shared.queue import PREFIX, ChunkWriter, Queue, generate_queue
-from shared.specs import Chunk, GenerationRequest, StepReport, TrainSpec, Usage
+from shared.specs import Chunk, GeneratedToken, GenerationRequest, StepReport, TokenLogprob, TrainSpec, Usage
 from shared.store import adapters, base_models, durable
 from shared.store.layout import Layout
 from shared.tables import AdapterVersion, BaseModelRow, Job
@@ -42,7 +43,6 @@ CONFIG = {
     "chat_template": True,
 }
 SAMPLES = b"".join(b'{"prompt": "%d", "completion": " x"}\n' % n for n in range(20))
-USAGE = Usage(prompt_tokens=5, completion_tokens=3)
 WEIGHTS = bytes(range(256)) * 4
 
 both_databases = pytest.mark.parametrize("settings", ["sqlite", "postgres"], indirect=True)
@@ -50,11 +50,42 @@ both_databases = pytest.mark.parametrize("settings", ["sqlite", "postgres"], ind
 Reply = Callable[[GenerationRequest, ChunkWriter], None]
 
 
-def say_hello(_: GenerationRequest, writer: ChunkWriter) -> None:
-    """The answer 'Hello there' in three chunks."""
-    writer.write(Chunk(fingerprint="fp-1"))
-    writer.write(Chunk(text="Hello"))
-    writer.write(Chunk(text=" there", finish_reason="stop", usage=USAGE, fingerprint="fp-1"))
+HELLO = ("Hello", " there")
+
+
+def say_hello(request: GenerationRequest, writer: ChunkWriter) -> None:
+    """'Hello there' in three chunks, as each of the choices, a piece of each in turn.
+
+    A token is a piece of that; its alternatives are as many letters as were asked for, each less likely.
+    """
+    choices = range(request.n)
+    usage = Usage(prompt_tokens=5, completion_tokens=3 * request.n)
+    for index in choices:
+        writer.write(Chunk(index=index, fingerprint="fp-1"))
+    for index in choices:
+        writer.write(Chunk(index=index, text=HELLO[0], logprobs=_told(request, HELLO[0], index)))
+    for index in choices:
+        is_last = index == request.n - 1
+        writer.write(
+            Chunk(
+                index=index, text=HELLO[1], logprobs=_told(request, HELLO[1], index), finish_reason="stop",
+                usage=usage if is_last else None, fingerprint="fp-1",
+            )
+        )  # fmt: skip
+
+
+def _told(request: GenerationRequest, text: str, index: int) -> list[GeneratedToken] | None:
+    """What a chunk with this text tells of its only token."""
+    if request.logprobs is None:
+        return None
+    alternatives = [(letter.encode(), -2.0 - n) for n, letter in enumerate("abcdefghij"[: request.logprobs])]
+    return [token(text.encode(), -1.0 - index, *alternatives)]
+
+
+def token(raw: bytes, logprob: float, *top: tuple[bytes, float]) -> GeneratedToken:
+    """A token that was chosen, and the likeliest in its place."""
+    likeliest = [TokenLogprob(token=one.decode(errors="replace"), bytes=list(one), logprob=its) for one, its in top]
+    return GeneratedToken(token=raw.decode(errors="replace"), bytes=list(raw), logprob=logprob, top=likeliest)
 
 
 @dataclass
@@ -107,6 +138,15 @@ class Api:
         )
         return dict(answer.json())
 
+    def chat(self, **fields: Any) -> httpx2.Response:
+        """Ask for a chat completion: the answer to 'hi'."""
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+        return self.http.post("/v1/chat/completions", json=asked | fields)
+
+    def complete(self, **fields: Any) -> httpx2.Response:
+        """Ask for a raw completion, of 'hi'."""
+        return self.http.post("/v1/completions", json={"model": "tiny", "prompt": "hi"} | fields)
+
     def submit(self, **fields: Any) -> httpx2.Response:
         """Ask for a job over a fresh file."""
         fields.setdefault("training_file", self.upload()["id"])
@@ -130,9 +170,16 @@ class Api:
         with write(self.engine) as tx:
             jobs.add_event(tx, claim, type="metrics", message=f"Step {step}", data=step_report.model_dump())
 
+    def add_base(self, name: str) -> BaseModelRow:
+        """Another base model; nobody generates with it."""
+        with write(self.engine) as tx, durable.staging(self.layout) as staged:
+            (staged / "model.safetensors").write_bytes(name.encode())
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            return base_models.register(tx, self.layout, staged, name=name, digest=digest, config=CONFIG)
+
     def publish(self, name: str = "math", *, weights: bytes = WEIGHTS) -> AdapterVersion:
         """A new version of this adapter, as a trainer publishes it."""
-        self.job(suffix=name)
+        self.job(model=self.base.name, suffix=name)
         return self.succeed(self.claim(), weights=weights)
 
     def succeed(self, claim: jobs.Claim, *, weights: bytes = WEIGHTS) -> AdapterVersion:
