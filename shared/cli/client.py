@@ -10,7 +10,7 @@ import click
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from shared import limits
-from shared.cli.client_chat import Question, ask_once, converse
+from shared.cli.client_chat import Question, ask_once, chat_options, converse
 from shared.cli.client_output import Output
 from shared.cli.client_pull import RemoteFile, files_of, find_version, pull
 from shared.cli.client_report import file_id_of, report, show_estimate
@@ -169,14 +169,9 @@ def pull_command(service: Service, out: Output, *, reference: str, directory: Pa
 @_client_command("chat")
 @click.argument("model", metavar="NAME[@VERSION]")
 @click.argument("prompt", required=False)
-@click.option("--system", help="A system message before the first question.")
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token each time."
-)
-@click.option("--max-tokens", type=int, help="The longest answer, in tokens.")
-@click.option("--seed", type=int, help="Makes a sampled answer repeatable.")
+@chat_options
 def chat(service: Service, out: Output, *, prompt: str | None, **question: Any) -> None:
-    """Ask an adapter, or a base model: once with PROMPT, else line by line until the input ends."""
+    """Ask an adapter, a base model or a mix of adapters: once with PROMPT, else line by line until the input ends."""
     if prompt is not None:
         ask_once(service, out, Question(**question), prompt)
     else:

@@ -1,13 +1,56 @@
-"""Talk to a base model or an adapter: one question, or one after another, with the answer streamed as it is made."""
+"""Talk to a base model, an adapter or a mix: one question, or one after another, with answers streamed as they come."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import click
+
 from shared.cli.client_output import Output
 from shared.cli.http import Json, Service, ServiceError
+
+_OPTIONAL = ("top_p", "min_p", "repetition_penalty", "max_tokens", "seed", "stop")
+
+
+class _Share(click.ParamType):
+    """NAME[@VERSION]=WEIGHT as a pair; the weight is 1 where none is given."""
+
+    name = "NAME[@VERSION][=WEIGHT]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        model, equals, text = str(value).partition("=")
+        try:
+            weight = float(text) if equals else 1.0
+        except ValueError:
+            weight = math.nan
+        if not model or not math.isfinite(weight):
+            self.fail(f"{value!r} is not NAME=WEIGHT", param, ctx)
+        return model, weight
+
+
+_OPTIONS = (
+    click.option("--system", help="A system message before the first question."),
+    click.option("--mix", type=_Share(), multiple=True,
+                 help="One adapter of a mix; give two or more, and their base model as the name."),
+    click.option("--temperature", type=float, default=0.0, show_default=True,
+                 help="0 takes the likeliest token each time."),
+    click.option("--top-p", type=float, help="Sample from the likeliest tokens that have this probability together."),
+    click.option("--min-p", type=float, help="Drop tokens less likely than this share of the likeliest."),
+    click.option("--repetition-penalty", type=float, help="Above 1: what was said before comes again less."),
+    click.option("--max-tokens", type=int, help="The longest answer, in tokens."),
+    click.option("--stop", multiple=True, help="End the answer before this text; up to four times."),
+    click.option("--seed", type=int, help="Makes a sampled answer repeatable."),
+)  # fmt: skip
+
+
+def chat_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command an option for each field of a Question but its model."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,17 +58,23 @@ class Question:
     """What is sent with every turn; None leaves the choice to the service."""
 
     model: str
+    mix: tuple[tuple[str, float], ...]
     temperature: float
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
     max_tokens: int | None
     seed: int | None
+    stop: tuple[str, ...]
     system: str | None
 
     def first_messages(self) -> list[Json]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
     def body(self, messages: list[Json]) -> Json:
-        optional = {"max_tokens": self.max_tokens, "seed": self.seed}
-        asked = {k: v for k, v in optional.items() if v is not None}
+        optional: Json = {name: getattr(self, name) for name in _OPTIONAL}
+        optional["lora_mix"] = [{"model": model, "weight": weight} for model, weight in self.mix] or None
+        asked = {name: value for name, value in optional.items() if value not in (None, ())}
         return {"model": self.model, "messages": messages, "temperature": self.temperature, "stream": True} | asked
 
 

@@ -1,5 +1,7 @@
 """`lorad chat`: the answer as it streams, one question or many."""
 
+import pytest
+
 from tests.shared.client.conftest import Lorad
 from tests.shared.client.server import ContractServer
 
@@ -26,6 +28,39 @@ def test_options_reach_the_service(server: ContractServer, lorad: Lorad) -> None
     body = request.json
     assert body["messages"][0] == {"role": "system", "content": "s"}
     assert (body["temperature"], body["max_tokens"], body["seed"]) == (0.5, 9, 0)
+    assert body.keys() == {"model", "messages", "temperature", "stream", "max_tokens", "seed"}
+
+
+def test_sampling_options_reach_the_service(server: ContractServer, lorad: Lorad) -> None:
+    """Each is sent as it was given, in the service's words; what was not given is not sent."""
+    lorad("chat", "nya", "q", "--top-p", 0.9, "--min-p", 0, "--repetition-penalty", 1.1, "--stop", "a", "--stop", "b c")
+
+    (request,) = server.requests("POST", "/chat/completions")
+    expected = {"top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.1, "stop": ["a", "b c"]}
+    assert {name: request.json.get(name) for name in expected} == expected
+    assert "lora_mix" not in request.json
+
+
+def test_a_mix_is_sent_as_one(server: ContractServer, lorad: Lorad) -> None:
+    """Adapters with their weights, 1 where none is given; the name is their base model's."""
+    lorad("chat", "tiny", "q", "--mix", "math@3=0.7", "--mix", "poetry=-1", "--mix", "plain")
+
+    (request,) = server.requests("POST", "/chat/completions")
+    assert request.json["model"] == "tiny"
+    assert request.json["lora_mix"] == [
+        {"model": "math@3", "weight": 0.7},
+        {"model": "poetry", "weight": -1.0},
+        {"model": "plain", "weight": 1.0},
+    ]
+
+
+@pytest.mark.parametrize("share", ["math=", "=1", "math=much", "math=nan", "math=1=2"])
+def test_a_share_that_is_none_is_wrong_usage(server: ContractServer, lorad: Lorad, share: str) -> None:
+    """Said in one line before anything is asked."""
+    ran = lorad("chat", "tiny", "q", "--mix", share)
+
+    assert (ran.code, server.seen) == (2, [])
+    assert share in ran.err
 
 
 def test_json_says_who_answered(lorad: Lorad) -> None:
