@@ -1,8 +1,8 @@
 """Whether an adapter fits a base model, and a shape that it is to be trained on in."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -15,14 +15,35 @@ from worker.lora.update import weight_OI
 _SHOWN = 8
 
 
-def check_fits(model: nn.Module, adapter: LoadedAdapter, *, name: str) -> None:
+@dataclass(frozen=True)
+class Places:
+    """Where adapters may go in one model: its linear layers by path, with their (O, I), and the paths of its heads.
+
+    Found by walking over all modules, which takes longer than all other checks of an adapter.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    heads: frozenset[str]
+    model_name: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Places":
+        shapes = {}
+        for path, layer in linear_modules(model).items():
+            out_features, in_features = weight_OI(bare(layer)).shape
+            shapes[path] = out_features, in_features
+        return cls(shapes, frozenset(head_paths(model)), _called(model))
+
+
+def check_fits(model: nn.Module | Places, adapter: LoadedAdapter, *, name: str) -> None:
     """Every tensor belongs to a linear layer of `model` and has its size, and every targeted layer has its tensors.
 
     Raises one IncompatibleAdapter for all that does not fit. Changes nothing.
     """
-    problems = _problems(model, adapter)
+    places = model if isinstance(model, Places) else Places.of(model)
+    problems = _problems(places, adapter)
     if problems:
-        raise IncompatibleAdapter(f"adapter {name} does not fit {_called(model)!r}: {_told(problems)}",
+        raise IncompatibleAdapter(f"adapter {name} does not fit {places.model_name!r}: {_told(problems)}",
                                   param="adapter_model")  # fmt: skip
 
 
@@ -31,14 +52,15 @@ def check_continues(model: nn.Module, adapter: LoadedAdapter, spec: AdapterSpec,
 
     Raises one IncompatibleAdapter for all that differs. Changes nothing.
     """
-    problems = _problems(model, replace(adapter, spec=spec)) + [
+    places = Places.of(model)
+    problems = _problems(places, replace(adapter, spec=spec)) + [
         f"{path} is scaled by {adapter.spec.scaling(path):g}, the new shape says {spec.scaling(path):g}"
         for path in sorted(adapter.tensors)
         if not math.isclose(adapter.spec.scaling(path), spec.scaling(path))
     ]
     if problems:
         raise IncompatibleAdapter(
-            f"adapter {name} cannot start from these weights on {_called(model)!r}: {_told(problems)}",
+            f"adapter {name} cannot start from these weights on {places.model_name!r}: {_told(problems)}",
             param="training.init_from",
         )
 
@@ -67,8 +89,8 @@ def _told(problems: Sequence[str]) -> str:
     return f"{len(problems)} {noun} -- {'; '.join(problems[:_SHOWN])}{more}"
 
 
-def _problems(model: nn.Module, adapter: LoadedAdapter) -> list[str]:
-    layers, heads = linear_modules(model), head_paths(model)
+def _problems(places: Places, adapter: LoadedAdapter) -> list[str]:
+    layers, heads = places.shapes, places.heads
     targets = adapter.spec.target_modules
     if isinstance(targets, str):
         targeted = set(layers)
@@ -85,7 +107,7 @@ def _problems(model: nn.Module, adapter: LoadedAdapter) -> list[str]:
         elif path not in targeted:
             problems.append(f"{path} is not among the target_modules")
         else:
-            out_features, in_features = weight_OI(bare(layers[path])).shape
+            out_features, in_features = layers[path]
             a_RI, b_OR = adapter.tensors[path]
             rank = adapter.spec.rank(path)
             for half, given, needed in (("A", a_RI, (rank, in_features)), ("B", b_OR, (out_features, rank))):

@@ -7,6 +7,7 @@
 Source: PEFT 0.21.2, `docs/source/developer_guides/checkpoint.md`.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Final
@@ -17,11 +18,59 @@ import torch
 from shared import limits
 from worker.lora.peft_config import CONFIG_NAME, parse_config, render_config
 from worker.lora.spec import AdapterSpec, LoadedAdapter
-from worker.lora.tensor_file import read_bounded, read_tensors, refuse
+from worker.lora.stored import FileBytes, StoredAdapter
+from worker.lora.tensor_file import TENSORS_NAME, check_start, parse_tensors, refuse
 
-TENSORS_NAME: Final = "adapter_model.safetensors"
 CARD_NAME: Final = "README.md"
-__all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "AdapterSpec", "LoadedAdapter", "read_adapter", "write_adapter"]
+__all__ = [
+    "CARD_NAME",
+    "CONFIG_NAME",
+    "TENSORS_NAME",
+    "AdapterFiles",
+    "AdapterSpec",
+    "LoadedAdapter",
+    "StoredAdapter",
+    "read_adapter",
+    "write_adapter",
+]
+
+
+class AdapterFiles:
+    """The files of an adapter, in memory: every byte is read once, so that what is checked is what is used.
+
+    Raises IncompatibleAdapter if they are not there or too large; and AdapterCorrupt where a checksum was recorded and
+    a file cannot be read.
+    """
+
+    def __init__(self, stored: StoredAdapter) -> None:
+        self._config = FileBytes(
+            stored.directory / CONFIG_NAME,
+            max_bytes=limits.ADAPTER_CONFIG_BYTES,
+            expected=stored.sha256.get(CONFIG_NAME),
+        )
+        self._tensors = FileBytes(
+            stored.directory / TENSORS_NAME,
+            max_bytes=limits.ADAPTER_BYTES,
+            expected=stored.sha256.get(TENSORS_NAME),
+            check_start=check_start,
+        )
+
+    def parse(self) -> LoadedAdapter:
+        """The adapter; not before `digest` has returned is it known to be the recorded one. IncompatibleAdapter."""
+        spec, base_model_name = parse_config(self._config.content)
+        tensors = parse_tensors(self._tensors.content)
+        problems = [
+            f"{path}: lora_A has rank {a_RI.shape[0]}, {CONFIG_NAME} says {spec.rank(path)}"
+            for path, (a_RI, _) in tensors.items()
+            if a_RI.shape[0] != spec.rank(path)
+        ]
+        if problems:
+            raise refuse(problems, file=TENSORS_NAME)
+        return LoadedAdapter(spec=spec, tensors=tensors, base_model_name=base_model_name)
+
+    def digest(self) -> str:
+        """Hex SHA-256 over the checksums of both files; AdapterCorrupt if one is not the recorded one."""
+        return hashlib.sha256(f"{self._config.sha256()}\n{self._tensors.sha256()}".encode()).hexdigest()
 
 
 def read_adapter(directory: Path) -> LoadedAdapter:
@@ -30,16 +79,7 @@ def read_adapter(directory: Path) -> LoadedAdapter:
     Needs no base model: whether it fits one is for `AdapterManager.load_tensors` to say. Raises IncompatibleAdapter,
     one for everything that is wrong with a file.
     """
-    spec, base_model_name = parse_config(read_bounded(directory / CONFIG_NAME, max_bytes=limits.ADAPTER_CONFIG_BYTES))
-    tensors = read_tensors(directory / TENSORS_NAME)
-    problems = [
-        f"{path}: lora_A has rank {a_RI.shape[0]}, {CONFIG_NAME} says {spec.rank(path)}"
-        for path, (a_RI, _) in tensors.items()
-        if a_RI.shape[0] != spec.rank(path)
-    ]
-    if problems:
-        raise refuse(problems, file=TENSORS_NAME)
-    return LoadedAdapter(spec=spec, tensors=tensors, base_model_name=base_model_name)
+    return AdapterFiles(StoredAdapter(directory)).parse()
 
 
 def write_adapter(

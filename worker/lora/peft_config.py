@@ -32,7 +32,7 @@ _OFF: Final[dict[str, Callable[[Any], bool]]] = {
 }
 
 
-def parse_config(text: bytes) -> tuple[AdapterSpec, str | None]:
+def parse_config(text: bytes | bytearray) -> tuple[AdapterSpec, str | None]:
     """The adapter's shape, and the base model that the file names.
 
     Raises IncompatibleAdapter that names every field which is not valid or which asks for something else than LoRA

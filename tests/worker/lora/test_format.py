@@ -1,5 +1,6 @@
 """The files: what is in them, and how strictly they are read and fitted to a base model."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shared.errors import IncompatibleAdapter
+from shared.errors import AdapterCorrupt, IncompatibleAdapter
 from tests.worker.lora.conftest import Subject, add_trained
 from worker.lora import AdapterManager, LoraSpec, read_adapter, write_adapter
+from worker.lora.format import AdapterFiles, StoredAdapter
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -146,6 +148,38 @@ def test_half_precision_is_read_as_fp32(stored: Path, dtype: torch.dtype) -> Non
     a, _ = read_adapter(stored).tensors[Q0]
     assert a.dtype == torch.float32
     assert torch.equal(a, narrow[key(Q0, "A")].float())
+
+
+def test_tensors_of_several_dtypes_are_read_wherever_they_begin(stored: Path) -> None:
+    """A file of all three dtypes, whose data begins at no multiple of anything, holds the values that it says."""
+    path = stored / "adapter_model.safetensors"
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    mixed = {k: v.to(dtypes[i % 3]) for i, (k, v) in enumerate(load_file(path).items())}
+    save_file(mixed, path)
+    for pad in range(4):
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        path.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+
+        tensors = read_adapter(stored).tensors
+        assert all(torch.equal(tensors[p][i], mixed[key(p, "AB"[i])].float()) for p in tensors for i in (0, 1)), pad
+
+
+def test_the_digest_is_of_both_files_and_checksums_are_held(stored: Path) -> None:
+    """It changes with either file; a file with a recorded checksum must have it, and a good one does."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    recorded = {name: hashlib.sha256((stored / name).read_bytes()).hexdigest() for name in names}
+    digests = [AdapterFiles(StoredAdapter(stored, recorded)).digest(), AdapterFiles(StoredAdapter(stored)).digest()]
+    for name in names:
+        before = (stored / name).read_bytes()
+        (stored / name).write_bytes(before + b" ")
+        digests.append(AdapterFiles(StoredAdapter(stored)).digest())
+        with pytest.raises(AdapterCorrupt, match=name):
+            AdapterFiles(StoredAdapter(stored, recorded)).digest()
+        (stored / name).write_bytes(before)
+
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
 
 
 def test_missing_fields_have_pefts_defaults(llama: Subject, stored: Path) -> None:
