@@ -26,14 +26,15 @@ def of_row(logits_V: NDArray[np.float32], token_id: int, num_top: int) -> tuple[
 
 
 def told(table: TokenTable, token_id: int, logprob: float, top: Sequence[tuple[int, float]]) -> GeneratedToken:
-    """The same as clients get it, with each token as bytes and as text."""
+    """The same as clients get it, with each token as bytes and as text.
+
+    The bytes are what it adds to the answer's text: a special token is spelled out, but has none.
+    """
     return GeneratedToken(
         token=_text(table.spelled(token_id)),
-        bytes=list(table.spelled(token_id)),
+        bytes=list(table.text(token_id)),
         logprob=logprob,
-        top=[
-            TokenLogprob(token=_text(table.spelled(i)), bytes=list(table.spelled(i)), logprob=value) for i, value in top
-        ],
+        top=[TokenLogprob(token=_text(table.spelled(i)), bytes=list(table.text(i)), logprob=value) for i, value in top],
     )
 
 
