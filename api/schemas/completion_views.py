@@ -34,7 +34,8 @@ class Answered(Out):
 
 
 class LikelyToken(Out):
-    """`logprob` is the natural logarithm of the token's probability, before temperature and cuts."""
+    """`logprob` is the natural logarithm of the token's probability, before temperature and cuts. `bytes` are what the
+    token adds to the text: none for a special token, such as the one that ends an answer."""
 
     token: str
     logprob: float

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shared.queue import ChunkWriter
-from shared.specs import Chunk, GenerationRequest, Usage
+from shared.specs import Chunk, GeneratedToken, GenerationRequest, Usage
 from tests.api.conftest import HELLO, Api, token
 
 USAGE = Usage(prompt_tokens=1, completion_tokens=4)
@@ -174,6 +174,20 @@ def test_offsets_go_on_in_a_stream(api: Api) -> None:
     pieces = of_choice(chunks(api.complete(logprobs=0, stream=True).text), 0)
 
     assert [offset for _, offset in _columns(pieces)] == [0, 1, 1, 2]
+
+
+def test_a_special_token_takes_no_place(api: Api) -> None:
+    """It has a name and no text, so that the token behind it stands where it stands."""
+    ends = GeneratedToken(token="<|end|>", bytes=[], logprob=-0.1)
+
+    def say_on(_: GenerationRequest, writer: ChunkWriter) -> None:
+        told = [token(b"a", -1.0), ends, token(b"b", -1.0), ends]
+        writer.write(Chunk(text="ab", logprobs=told, finish_reason="length", usage=USAGE, fingerprint="fp-1"))
+
+    api.generator.reply = say_on
+    told = api.complete(logprobs=0, ignore_eos=True).json()["choices"][0]["logprobs"]
+
+    assert (told["tokens"], told["text_offset"]) == (["a", "<|end|>", "b", "<|end|>"], [0, 1, 1, 2])
 
 
 def _text_and_columns(api: Api, index: int, stream: bool) -> tuple[str, list[tuple[str, int]]]:
