@@ -39,9 +39,7 @@ class Answer:
         self.prompt = prompt
         self.stream = stream
         table = TokenTable.of(tokenizer)
-        self.choices = [
-            Choice(self, index, table=table, eos_token_ids=eos_token_ids) for index in range(request.n)
-        ]
+        self.choices = [Choice(self, index, table=table, eos_token_ids=eos_token_ids) for index in range(request.n)]
         self._is_over = False
 
     @property
@@ -113,15 +111,16 @@ class Choice:
         if chosen.logprob is not None:
             self._untold.append(logprobs.told(self._table, token_id, chosen.logprob, chosen.top))
         is_eos = token_id in self._eos_token_ids
+        ends = is_eos and not self.request.ignore_eos
+        if not ends:
+            self.sampler.add(token_id)
         text = "" if is_eos else self._scanner.add(self._detokeniser.add(token_id))
-        if (is_eos and not self.request.ignore_eos) or self._scanner.stopped:
+        if ends or self._scanner.stopped or self.sampler.is_complete:
             self._finish("stop", text)
         elif len(self.token_ids) == self.prompt.max_new_tokens:
             self._finish("length", text)
-        else:
-            self.sampler.add(token_id)
-            if text or len(self.token_ids) == 1:
-                self._write(text)
+        elif text or len(self.token_ids) == 1:
+            self._write(text)
         return self.has_ended
 
     def _finish(self, reason: Literal["stop", "length"], text: str) -> None:
@@ -157,6 +156,7 @@ def _sampler(request: GenerationRequest, prompt: Prompt, index: int) -> Sampler:
             frequency=request.frequency_penalty,
             presence=request.presence_penalty,
         ),
+        constraint=None if prompt.grammar is None else prompt.grammar.start(),
         num_top=request.logprobs,
     )
 

@@ -22,9 +22,10 @@ _MARGIN: Final = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
-    """p = softmax(logits / temperature), cut to the `top_k` likeliest tokens (0: all), then to the fewest likeliest that
-    together have at least `top_p` of what is left (1: all), then to those at least `min_p` times as likely as the
-    likeliest (0: all). The first always stays.
+    """What is drawn from, p = softmax(logits / temperature), after three cuts. The likeliest token always stays.
+
+    top_k: the k likeliest tokens (0: all). Then top_p: the fewest likeliest that together have at least this share of
+    what is left (1: all). Then min_p: those at least this many times as likely as the likeliest (0: all).
 
     Sources: top_p, Holtzman et al. 2020, arXiv:1904.09751, section 3.1; min_p, Nguyen et al. 2024, arXiv:2407.01082.
     """
@@ -54,18 +55,15 @@ class Cuts:
         elif self.top_p < 1:
             ids_K, weights_K, needed = self._likeliest(logits_V)
         elif self.min_p > 0:
-            floor = logits_V.max() + self.temperature * math.log(self.min_p)
-            ids_K = np.flatnonzero(logits_V >= floor - abs(floor) * _MARGIN)
+            peak = float(logits_V.max())
+            floor = peak + self.temperature * math.log(self.min_p) - _MARGIN * (1 + abs(peak))
+            ids_K = np.flatnonzero(logits_V >= floor)
             weights_K = self._weights(logits_V, ids_K)
         else:
             return None
         if self.top_p < 1:
-            order_K = np.argsort(-weights_K, kind="stable")
-            cumulative_K = weights_K[order_K].cumsum()
-            # A token stays if those before it do not have enough yet: all up to the first that reaches it.
-            count = int(np.searchsorted(cumulative_K, needed, side="left")) + 1
-            chosen_K = np.sort(order_K[:count])
-            ids_K, weights_K = ids_K[chosen_K], weights_K[chosen_K]
+            fewest_K = _fewest(weights_K, needed)
+            ids_K, weights_K = ids_K[fewest_K], weights_K[fewest_K]
         if self.min_p > 0:
             likely_K = weights_K >= self.min_p * weights_K.max()
             ids_K, weights_K = ids_K[likely_K], weights_K[likely_K]
@@ -101,9 +99,10 @@ class Cuts:
 
     def _exponentials(self, logits_V: Logits) -> Logits:
         """exp((l - max) / temperature), in float32."""
-        z_V = logits_V - logits_V.max()
+        z_V: Logits = logits_V - logits_V.max()
         z_V /= max(self.temperature, _COLDEST)
-        return np.exp(z_V, out=z_V)
+        np.exp(z_V, out=z_V)
+        return z_V
 
     def _weights(self, logits_V: Logits, ids_K: Ids) -> Weights:
         """The same of a few, in float64."""
@@ -128,6 +127,18 @@ def largest(logits_V: Logits, k: int) -> Ids:
     if len(ids) > k:
         ids = np.sort(ids[np.argsort(-logits_V[ids], kind="stable")[:k]])
     return ids
+
+
+def _fewest(weights_K: Weights, needed: float) -> NDArray[np.bool_]:
+    """Which of the tokens are the fewest heaviest that together have what is needed; of equals, the first."""
+    sorted_K = np.sort(weights_K)[::-1]
+    # A token stays if those before it do not have enough yet: all up to the first that reaches it.
+    count = min(int(np.searchsorted(sorted_K.cumsum(), needed, side="left")) + 1, len(sorted_K))
+    least = sorted_K[count - 1]
+    stays_K: NDArray[np.bool_] = weights_K > least
+    equals = np.flatnonzero(weights_K == least)
+    stays_K[equals[: count - np.count_nonzero(stays_K)]] = True
+    return stays_K
 
 
 def _position(weights_K: Weights, uniform: float) -> int:

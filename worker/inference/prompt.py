@@ -9,6 +9,7 @@ from shared.errors import InvalidRequest
 from shared.specs import GenerationRequest
 from worker.base_model import BaseModel
 from worker.encoding import ChatEncoder, encode_prompt
+from worker.inference.grammar import Grammar, GrammarCompiler
 from worker.inference.tokens import TokenTable
 
 DEFAULT_MAX_TOKENS: Final = 1024
@@ -17,17 +18,21 @@ DEFAULT_MAX_TOKENS: Final = 1024
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to read and the most tokens to generate, which together fit the context; `echo` precedes the answer."""
+    """Token ids to read and the most tokens to generate, which together fit the context.
+
+    `echo` is told before the answer, and `grammar` says what the answer may be.
+    """
 
     ids: list[int]
     max_new_tokens: int
     echo: str = ""
+    grammar: Grammar | None = None
 
 
 class PromptReader:
     """Reads requests as prompts of one base model, and refuses those that it cannot answer. Any thread may ask.
 
-    They take turns: it encodes on its own copy of the tokenizer, since a fast tokenizer must not be set up by one
+    It encodes on its own copy of the tokenizer, one thread at a time, since a fast tokenizer must not be set up by one
     thread while another uses it.
     """
 
@@ -37,6 +42,9 @@ class PromptReader:
         model: Any = base.model
         self._vocabulary_size = int(model.get_input_embeddings().num_embeddings)
         self._table = TokenTable.of(base.tokenizer)
+        self._grammars = GrammarCompiler(
+            self._table, vocabulary_size=self._vocabulary_size, eos_token_ids=base.eos_token_ids
+        )
         self._tokenizer = copy.deepcopy(base.tokenizer)
         self._chat = ChatEncoder(self._tokenizer, base.eos_token_ids) if self._tokenizer.chat_template else None
         self._lock = threading.Lock()
@@ -55,7 +63,12 @@ class PromptReader:
             problem = f"the prompt has {len(ids)} and max_tokens asks for {request.max_tokens} more"
             raise self._too_long(problem, "max_tokens")
         max_new_tokens = min(left, DEFAULT_MAX_TOKENS) if request.max_tokens is None else request.max_tokens
-        return Prompt(ids, max_new_tokens, self._echo(request) if request.echo else "")
+        return Prompt(
+            ids,
+            max_new_tokens,
+            echo=self._echo(request) if request.echo else "",
+            grammar=None if request.response_format is None else self._grammars.compile(request.response_format),
+        )
 
     def _ids(self, request: GenerationRequest) -> list[int]:
         if isinstance(request.prompt, list):
@@ -101,7 +114,9 @@ def _check(request: GenerationRequest) -> None:
     if request.echo and request.messages is not None:
         raise InvalidRequest("echo repeats a prompt; a conversation has none", param="echo")
     if request.echo and request.logprobs is not None:
-        raise InvalidRequest("echo and logprobs exclude each other: prompts have no log-probabilities here", param="echo")
+        raise InvalidRequest(
+            "echo and logprobs exclude each other: prompts have no log-probabilities here", param="echo"
+        )
     if request.ignore_eos and request.response_format is not None:
         raise InvalidRequest(
             "ignore_eos and response_format exclude each other: JSON that is complete cannot go on", param="ignore_eos"

@@ -3,6 +3,7 @@
 # Shapes: B rows, V vocabulary.
 
 import hashlib
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.errors import LoradError
 from worker.inference import logprobs
 from worker.inference.cuts import Cuts
 from worker.inference.penalties import Penalties
@@ -20,7 +22,7 @@ from worker.inference.penalties import Penalties
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A row's next token. `logprob` and `top`, (token id, logprob) likeliest first, are there where they were asked for."""
+    """A row's next token, and where that was asked for its `logprob` and the `top` (token id, logprob)s, in order."""
 
     token_id: int
     logprob: float | None = None
@@ -35,6 +37,10 @@ class Constraint(Protocol):
 
     def add(self, token_id: int) -> None:
         """The sequence has got this token, which `mask` allowed."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the sequence is whole and nothing may follow."""
 
 
 class Sampler:
@@ -64,10 +70,7 @@ class Sampler:
     def takes_the_likeliest(self) -> bool:
         """True if nothing but the row's largest logit has to be known."""
         return (
-            self.cuts.temperature == 0
-            and self.num_top is None
-            and self._penalties is None
-            and self._constraint is None
+            self.cuts.temperature == 0 and self.num_top is None and self._penalties is None and self._constraint is None
         )
 
     def choose(self, logits_V: NDArray[np.float32], likeliest: int) -> Chosen:
@@ -80,6 +83,8 @@ class Sampler:
             if self._constraint is not None:
                 self._constraint.mask(changed_V)
             likeliest = int(changed_V.argmax())
+            if not math.isfinite(changed_V[likeliest]):
+                raise LoradError("no token is left to choose", code="internal_error")
         token_id = likeliest if self.cuts.temperature == 0 else self.cuts.draw(changed_V, self._uniform())
         if self.num_top is None:
             return Chosen(token_id)
@@ -91,6 +96,11 @@ class Sampler:
             self._penalties.add(token_id)
         if self._constraint is not None:
             self._constraint.add(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the constraint says that the sequence is whole and nothing may follow."""
+        return self._constraint is not None and self._constraint.is_complete
 
     def _uniform(self) -> float:
         """The next number in [0, 1): the upper 53 bits of a hash."""

@@ -3,7 +3,7 @@
 import re
 import threading
 from typing import Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 _NO_CHARACTER: Final = "\ufffd"
 """What decoding gives for bytes that are not (yet) a character."""
@@ -26,10 +26,10 @@ class TokenTable:
 
     @staticmethod
     def of(tokenizer: Any) -> "TokenTable":
-        """The one table of this tokenizer, for as long as the tokenizer lives."""
+        """The one table of this tokenizer, shared by all who ask while one of them keeps it."""
         with _tables_lock:
-            if (table := _tables.get(tokenizer)) is None:
-                table = _tables[tokenizer] = TokenTable(tokenizer)
+            if (table := _tables.get(id(tokenizer))) is None:
+                table = _tables[id(tokenizer)] = TokenTable(tokenizer)
             return table
 
     def text(self, token_id: int) -> bytes:
@@ -45,6 +45,22 @@ class TokenTable:
     def spelled(self, token_id: int) -> bytes:
         """The same as `text`, but special tokens are spelled out."""
         return self.text(token_id) or self._measure(token_id, self._anchor, skip_special_tokens=False)
+
+    def all_texts(self, size: int) -> list[bytes]:
+        """`text` of the ids 0 to size - 1, decoded together where the tokenizer can do that."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is not None and hasattr(backend, "decode_batch"):
+            texts = backend.decode_batch([[*self._anchor, i] for i in range(size)], skip_special_tokens=True)
+            for token_id, text in enumerate(texts):
+                whole = text[len(self._anchor_text) :]
+                if _NO_CHARACTER not in whole:
+                    self._texts.setdefault(token_id, whole.encode())
+        return [self.text(token_id) for token_id in range(size)]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that may be a part of another, nothing added; none where the tokenizer is a slow one."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return [] if backend is None else list(backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         """The tokenizer's own decoding, nothing cleaned up."""
@@ -71,14 +87,16 @@ class TokenTable:
         """A token that is a plain word or letter, and its text; none if the tokenizer has no such thing."""
         for token_id in range(min(_ANCHORS_TRIED, len(self._tokenizer))):
             text = self.decode([token_id], skip_special_tokens=True)
-            if text.isascii() and text.isalnum():
+            name = str(self._tokenizer.convert_ids_to_tokens(token_id))
+            if text.isascii() and text.isalnum() and _byte_fallback(name) is None:
                 twice = self.decode([token_id, token_id], skip_special_tokens=True)
                 if twice.startswith(text) and twice.endswith(text):
                     return [token_id], text
         return [], ""
 
 
-_tables: WeakKeyDictionary[Any, TokenTable] = WeakKeyDictionary()
+_tables: WeakValueDictionary[int, TokenTable] = WeakValueDictionary()
+"""By the id of the tokenizer, which lives at least as long as its table."""
 _tables_lock = threading.Lock()
 
 

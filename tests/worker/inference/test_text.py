@@ -3,19 +3,77 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from tests.worker.conftest import byte_tokenizer
+from tests.worker.inference.test_tokens import byte_fallback_tokenizer
 from worker.inference.text import Detokeniser, StopScanner
+from worker.inference.tokens import TokenTable
 
 TEXT = "naïve 😀 日本語 \U0001f469‍\U0001f680 end"
+BYTE_LEVEL, BYTE_FALLBACK = TokenTable.of(byte_tokenizer()), TokenTable.of(byte_fallback_tokenizer())
+ID_OF_BYTE = {BYTE_LEVEL.text(i)[0]: i for i in range(3, 259)}
+
+
+def tokens_of(data: bytes, table: TokenTable) -> list[int]:
+    """One token per byte."""
+    return [ID_OF_BYTE[byte] if table is BYTE_LEVEL else 2 + byte for byte in data]
+
+
+def told(table: TokenTable, token_ids: list[int]) -> list[str]:
+    """The pieces of an answer behind an empty prompt, and what is left at its end."""
+    detokeniser = Detokeniser(table, [])
+    return [*(detokeniser.add(i) for i in token_ids), detokeniser.finish()]
+
+
+@pytest.mark.parametrize("table", [BYTE_LEVEL, BYTE_FALLBACK])
+@given(data=st.binary(max_size=40))
+def test_any_bytes_come_out_as_they_decode(table: TokenTable, data: bytes) -> None:
+    """Random bytes, most of them no UTF-8: nothing is lost, doubled or taken back."""
+    assert "".join(told(table, tokens_of(data, table))) == data.decode(errors="replace")
+
+
+@pytest.mark.parametrize("table", [BYTE_LEVEL, BYTE_FALLBACK])
+@given(text=st.text(max_size=20))
+def test_each_character_comes_with_its_last_byte(table: TokenTable, text: str) -> None:
+    """Not later, so that a stream is live, and not in part."""
+    pieces = told(table, tokens_of(text.encode(), table))
+
+    assert [piece for piece in pieces if piece] == list(text)
+    assert pieces[-1] == ""
+
+
+@given(data=st.binary(max_size=40))
+def test_bytes_come_out_as_the_tokenizer_decodes_the_whole(data: bytes) -> None:
+    """The tokenizer that a client has at home makes the same text of the same tokens."""
+    ids = tokens_of(data, BYTE_LEVEL)
+
+    assert "".join(told(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids, skip_special_tokens=True)
+
+
+def test_a_character_that_the_prompt_began_is_completed(tiny_tokenizer: Any) -> None:
+    """A prompt of token ids may end inside a character; the answer's first byte then makes it whole."""
+    first, second = tiny_tokenizer("é", add_special_tokens=False)["input_ids"]
+
+    assert Detokeniser(TokenTable.of(tiny_tokenizer), [first]).add(second) == "é"
+
+
+def test_a_first_word_has_no_space_in_front_where_no_text_precedes_it() -> None:
+    """After BOS alone the answer is the whole text, and the tokenizer starts a text without the space."""
+    bos, once, a = 0, 258, 259
+    detokeniser = Detokeniser(BYTE_FALLBACK, [bos])
+
+    assert [detokeniser.add(i) for i in (bos, once, a)] == ["", "Once", " a"]
 
 
 def test_no_character_is_split(tiny_tokenizer: Any) -> None:
     """With one token per byte, pieces come only at the ends of characters, and together are the text."""
     ids = tiny_tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    detokeniser = Detokeniser(tiny_tokenizer, tiny_tokenizer("prompt é")["input_ids"])
+    detokeniser = Detokeniser(TokenTable.of(tiny_tokenizer), tiny_tokenizer("prompt é")["input_ids"])
 
     pieces = [detokeniser.add(i) for i in ids]
 
@@ -27,7 +85,7 @@ def test_no_character_is_split(tiny_tokenizer: Any) -> None:
 def test_bytes_that_never_become_a_character_come_at_the_end(tiny_tokenizer: Any) -> None:
     """An answer cut off inside a character ends as the tokenizer decodes it, in one U+FFFD; nothing is lost before."""
     ids = tiny_tokenizer("ab😀", add_special_tokens=False)["input_ids"][:-1]
-    detokeniser = Detokeniser(tiny_tokenizer, [])
+    detokeniser = Detokeniser(TokenTable.of(tiny_tokenizer), [])
 
     pieces = [detokeniser.add(i) for i in ids]
 
@@ -39,7 +97,7 @@ def test_bytes_that_are_no_character_do_not_hide_what_follows(tiny_tokenizer: An
     """After a stray byte the text goes on, and the whole is what the tokenizer decodes."""
     stray = tiny_tokenizer("é", add_special_tokens=False)["input_ids"][:1]
     ids = [*stray, *tiny_tokenizer("né", add_special_tokens=False)["input_ids"]]
-    detokeniser = Detokeniser(tiny_tokenizer, [])
+    detokeniser = Detokeniser(TokenTable.of(tiny_tokenizer), [])
 
     text = "".join(detokeniser.add(i) for i in ids) + detokeniser.finish()
 
@@ -49,7 +107,7 @@ def test_bytes_that_are_no_character_do_not_hide_what_follows(tiny_tokenizer: An
 def test_special_tokens_give_no_text(tiny_tokenizer: Any) -> None:
     """A special token in the middle of an answer is not shown and disturbs nothing."""
     ids = tiny_tokenizer("a<|im_start|>é", add_special_tokens=False)["input_ids"]
-    detokeniser = Detokeniser(tiny_tokenizer, [])
+    detokeniser = Detokeniser(TokenTable.of(tiny_tokenizer), [])
 
     assert "".join(detokeniser.add(i) for i in ids) == "aé"
 
@@ -66,7 +124,7 @@ def spaced_tokenizer() -> Any:
 
 def test_the_space_before_the_first_word_is_kept(spaced_tokenizer: Any) -> None:
     """An answer that continues a prompt with a new word begins with the space between them."""
-    detokeniser = Detokeniser(spaced_tokenizer, [0, 1])
+    detokeniser = Detokeniser(TokenTable.of(spaced_tokenizer), [0, 1])
 
     pieces = [detokeniser.add(i) for i in (2, 3, 4)]
 

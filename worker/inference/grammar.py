@@ -1,0 +1,186 @@
+"""response_format: which tokens may come next so that an answer is JSON, or JSON that a schema accepts."""
+
+# Shapes: V vocabulary.
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+import llguidance
+import numpy as np
+from numpy.typing import NDArray
+
+from shared import limits
+from shared.errors import InvalidRequest
+from shared.specs import ResponseFormat
+from worker.inference.grammar_trial import PARSER_LIMITS, problem_of
+from worker.inference.tokens import TokenTable
+
+_PARAM: Final = "response_format"
+_KEPT: Final = 32
+"""Compiled grammars; a hostile one takes some 20 MB with the limits below, an ordinary one far less than 1 MB."""
+_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between the parts of a document. Without a bound, small models that like to indent do not come back."""
+
+
+class GrammarState:
+    """One sequence on its way through a grammar. The engine's thread moves it on."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._eos_token_ids = list(eos_token_ids)
+
+    def mask(self, logits_V: NDArray[np.float32]) -> None:
+        """Put -inf in the place of every token that may not come next; EOS may where the document is whole.
+
+        Raises InvalidRequest where following the schema takes more than the limits.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        allowed_V = np.unpackbits(bits, bitorder="little", count=len(logits_V)).astype(bool)
+        allowed_V[self._eos_token_ids] = self._matcher.is_accepting()
+        logits_V[~allowed_V] = -np.inf
+
+    def add(self, token_id: int) -> None:
+        """The sequence has got this token."""
+        if not self._matcher.consume_token(token_id):
+            self._check()
+            raise AssertionError(f"token {token_id} is not what the grammar allowed")
+
+    @property
+    def is_complete(self) -> bool:
+        """True if the document is whole and nothing but its end can follow."""
+        return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InvalidRequest(
+                f"the schema is too complex to follow: {_shown(self._matcher.get_error())}", param=_PARAM
+            )
+
+
+class Grammar:
+    """A compiled response format; any number of sequences may follow it at once."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._eos_token_ids = eos_token_ids
+        self._lock = threading.Lock()
+
+    def start(self) -> GrammarState:
+        """A sequence that has nothing yet."""
+        with self._lock:
+            return GrammarState(self._matcher.deep_copy(), self._eos_token_ids)
+
+
+class GrammarCompiler:
+    """Response formats of one base model to grammars, the last ones of which are kept. Any thread may ask.
+
+    A schema that is new is compiled by one thread at a time, and is first tried in a process that can be ended.
+    """
+
+    def __init__(self, table: TokenTable, *, vocabulary_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._table = table
+        self._vocabulary_size = vocabulary_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+        self._compiling = threading.Lock()
+
+    def compile(self, wanted: ResponseFormat) -> Grammar:
+        """The grammar; raises InvalidRequest that says why for a schema that cannot be followed."""
+        schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema
+        text = _checked(schema)
+        if (grammar := self._known(text)) is not None:
+            return grammar
+        with self._compiling:
+            if (grammar := self._known(text)) is None:
+                grammar = self._compile(text, is_ours=wanted.json_schema is None)
+                with self._lock:
+                    self._kept[text] = grammar
+                    if len(self._kept) > _KEPT:
+                        self._kept.popitem(last=False)
+            return grammar
+
+    def _known(self, text: str) -> Grammar | None:
+        """One that is kept, which is now the last used."""
+        with self._lock:
+            if text in self._kept:
+                self._kept.move_to_end(text)
+            return self._kept.get(text)
+
+    def _compile(self, text: str, *, is_ours: bool) -> Grammar:
+        if self._tokenizer is None:
+            vocabulary = _Vocabulary(self._table, self._vocabulary_size, self._eos_token_ids)
+            self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
+            vocabulary.fallback = self._tokenizer.greedy_tokenize
+        try:
+            source = llguidance.LLMatcher.grammar_from_json_schema(
+                text, overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
+            )
+        except ValueError as error:
+            raise _refused(str(error)) from error
+        if not is_ours and (problem := problem_of(source)) is not None:
+            raise _refused(problem)
+        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=PARSER_LIMITS)
+        assert not matcher.is_error(), matcher.get_error()
+        return Grammar(matcher, self._eos_token_ids)
+
+
+class _Vocabulary:
+    """The tokens of a base model as llguidance wants to see them."""
+
+    bos_token_id: int | None = None
+
+    def __init__(self, table: TokenTable, size: int, eos_token_ids: Sequence[int]) -> None:
+        self.tokens = table.all_texts(size)
+        self.special_token_ids = [token_id for token_id, text in enumerate(self.tokens) if not text]
+        self.eos_token_id = eos_token_ids[0]
+        self.table = table
+        self.fallback: Callable[[str], list[int]] = table.encode
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of text that must come next: its bytes exactly, whatever the tokenizer adds or normalises."""
+        ids = self.table.encode(text)
+        is_exact = b"".join(self.tokens[token_id] for token_id in ids) == text.encode()
+        return ids if is_exact else self.fallback(text)
+
+
+def _checked(schema: Mapping[str, object]) -> str:
+    """A schema as text, its keys in the order given, which is the order of an answer's properties."""
+    if "x-guidance" in schema:
+        raise _refused("'x-guidance' is no keyword of JSON Schema")
+    if _depth(schema) > limits.JSON_DEPTH:
+        raise _refused(f"it is nested more than {limits.JSON_DEPTH} deep")
+    text = json.dumps(schema)
+    if len(text) > limits.MAX_SCHEMA_CHARS:
+        raise _refused(f"it has {len(text)} characters; at most {limits.MAX_SCHEMA_CHARS} are allowed")
+    return text
+
+
+def _depth(value: object) -> int:
+    """How many containers lie within each other, at most one more than is allowed."""
+    level: list[object] = [value]
+    for depth in range(limits.JSON_DEPTH + 2):
+        level = [inner for outer in level if isinstance(outer, dict | list) for inner in _parts(outer)]
+        if not level:
+            return depth
+    return limits.JSON_DEPTH + 1
+
+
+def _parts(container: dict[str, object] | list[object]) -> list[object]:
+    return list(container.values()) if isinstance(container, dict) else container
+
+
+def _refused(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"the JSON schema cannot be followed: {_shown(reason)}", param=_PARAM)
+
+
+def _shown(reason: str) -> str:
+    """A reason of the library's on one line, without advice about options that nobody has here."""
+    if reason.startswith("oneOf constraints are not supported"):
+        reason = "these alternatives of oneOf are not known to exclude each other; anyOf is possible"
+    return " ".join(reason.removesuffix("<non-verbose/>").split())[:300]
