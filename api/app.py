@@ -34,7 +34,7 @@ def create_app(settings: Settings) -> Flask:
     services = Services(
         engine=engine,
         layout=layout,
-        queue=Queue(settings.resolved_broker_url),
+        queue=Queue(settings.resolved_broker_url, max_waiting=settings.max_queued_requests),
         max_queued_jobs=settings.max_queued_jobs,
         waiters=Seats(settings.api_threads // 2),
     )

@@ -76,7 +76,7 @@ class EngineReport(Spec):
 class GeneratorReport(Spec):
     """One generator, now. It takes `seats` requests at once, rows and waiting room, of which `seats_taken` are open.
 
-    `outcomes` counts requests since it began.
+    One without seats is about to leave. `outcomes` counts requests since it began.
     """
 
     generator_id: GeneratorId
@@ -96,6 +96,7 @@ class Generators:
         self._client = client
         self._lock = threading.Lock()
         self._alive: dict[str, GeneratorReport] = {}
+        self._present: set[str] = set()
         self._read_at_s = -CACHED_S
         self._sent: Counter[str] = Counter()
 
@@ -132,7 +133,9 @@ class Generators:
             return list(self._alive.values())
 
     def is_alive(self, generator_id: str) -> bool:
-        return any(report.generator_id == generator_id for report in self.alive())
+        """True if it has published anything of late, also what we cannot read: it may be of another release."""
+        self.alive()
+        return generator_id in self._present
 
     def holder(self, base_model_id: str, version_ids: Sequence[str]) -> str | None:
         """A generator with a free row, of several the one with most, that has all these adapters; None without one.
@@ -166,6 +169,7 @@ class Generators:
             texts = self._client.mget([_report_key(one) for one in known]) if known else []
         except redis.RedisError as error:
             raise Unavailable("the broker does not answer") from error
+        self._present = {one for one, text in zip(known, texts, strict=True) if text is not None}
         found: dict[str, GeneratorReport] = {}
         for generator_id, text in zip(known, texts, strict=True):
             if text is None:
@@ -181,7 +185,9 @@ class Generators:
 
 
 def _free_rows(report: GeneratorReport, base_model_id: str, version_ids: set[str]) -> int:
-    """Rows free for a request with these adapters; 0 if it would have to load one."""
+    """Rows free for a request with these adapters; 0 if it would have to load one, or the generator is leaving."""
+    if not report.seats:
+        return 0
     for engine in report.engines:
         if engine.base_model_id == base_model_id and version_ids.issubset(engine.resident):
             return engine.max_rows - engine.running - engine.waiting

@@ -91,18 +91,15 @@ class Outbox:
         self._lock = threading.Lock()
         self._open: dict[str, Delivery] = {}
         self._closing = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._send_all, name="outbox", daemon=True),
-            threading.Thread(target=self._listen, name="cancellations", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._sender = threading.Thread(target=self._send_all, name="outbox", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._listen, name="cancellations", daemon=True).start()
 
     def open(self, request_id: str) -> Delivery:
         """An answer to be sent. From now on a cancellation of its request ends it."""
         delivery = Delivery(self, request_id)
         with self._lock:
-            self._open[request_id] = delivery
+            self._open.setdefault(request_id, delivery)  # a message that comes twice takes nothing from the first
         return delivery
 
     @property
@@ -120,11 +117,10 @@ class Outbox:
             delivery.wait(max(0.0, until_s - time.monotonic()))
 
     def close(self) -> None:
-        """Send what waits, and stop."""
+        """Send what waits, and stop; cancellations are heard for up to LISTEN_MS more."""
         self._closing.set()
         self._inbox.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._sender.join()
 
     def put(self, delivery: Delivery, chunk: Chunk) -> None:
         self._inbox.put((delivery, chunk))
@@ -181,7 +177,9 @@ class Outbox:
         while not self._closing.is_set():
             try:
                 answer: Any = self._client.xread({CANCELS: seen}, count=256, block=LISTEN_MS)
-            except redis.RedisError as error:
+            except Exception as error:  # not only RedisError: redis-py raises ValueError for a connection just closed
+                if self._closing.is_set():
+                    return
                 log.warning("cancellations are not heard: %s", error)
                 self._closing.wait(PAUSE_S)
                 continue

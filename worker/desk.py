@@ -88,7 +88,7 @@ class Desk:
     def _answer(self, request: GenerationRequest, delivery: Delivery) -> None:
         stream: ChunkStream | None = None
         try:
-            stream = self._engine(request.base_model_id).submit(request)
+            stream = self.engine(request.base_model_id).submit(request)
             stream.forward(delivery.put)
         except LoradError as error:
             delivery.put_error(error.error_code, error.message, error.param)
@@ -100,7 +100,8 @@ class Desk:
         if stream is not None:
             stream.cancel()  # nobody reads on: frees the row; after the last chunk it does nothing
 
-    def _engine(self, base_model_id: str) -> Engine:
+    def engine(self, base_model_id: str) -> Engine:
+        """The engine of this base model, loaded with the first request for it."""
         if (engine := self._engines.get(base_model_id)) is not None:
             return engine
         with self._loading:
