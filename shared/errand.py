@@ -63,6 +63,8 @@ class Errand:
         self._preferred = self._generators.holder(
             request.base_model_id, [share.version_id for share in request.adapters]
         )  # fmt: skip
+        if self._preferred is not None:
+            self._generators.note_sent(self._preferred, self)
         self._send(request, self._preferred)
 
     def chunks(self) -> Iterator[Chunk]:
@@ -83,7 +85,7 @@ class Errand:
             self._send(self._request, None)
 
     def _read(self, answer: AnswerReader[Chunk]) -> Iterator[Chunk]:
-        chunk = self._offer(answer) if self._preferred is not None else None
+        chunk = None if self._preferred is None else self._offer(answer, self._preferred)
         taker = _Taker(self._request.request_id, self._claims, self._generators, self._num_waiting)
 
         def look() -> None:
@@ -101,11 +103,12 @@ class Errand:
                 return
             chunk = None
 
-    def _offer(self, answer: AnswerReader[Chunk]) -> Chunk | None:
+    def _offer(self, answer: AnswerReader[Chunk], preferred: str) -> Chunk | None:
         """Give the preferred generator its moment; if it does not take the request, all may."""
         until_unix_s = min(time.time() + TAKEOVER_S, self._request.deadline_unix_s)
         chunk = answer.next(until_unix_s=until_unix_s, look_up=self._look_up)
         if chunk is None and self._claims.taker(self._request.request_id) is None:
+            self._generators.note_lost(preferred, self)
             self._send(self._request, None)
         return chunk
 

@@ -3,9 +3,9 @@
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Final
+from weakref import WeakSet
 
 import redis
 from pydantic import Field, ValidationError, model_validator
@@ -98,7 +98,7 @@ class Generators:
         self._alive: dict[str, GeneratorReport] = {}
         self._present: set[str] = set()
         self._read_at_s = -CACHED_S
-        self._sent: Counter[str] = Counter()
+        self._sent: dict[str, WeakSet[object]] = {}
 
     def publish(self, report: GeneratorReport) -> None:
         """Be alive for ALIVE_S from now on, and say this. Raises Unavailable."""
@@ -129,7 +129,7 @@ class Generators:
             if time.monotonic() - self._read_at_s >= max_age_s:
                 self._alive = self._read()
                 self._read_at_s = time.monotonic()
-                self._sent.clear()
+                self._sent = {one: sent for one, sent in self._sent.items() if one in self._alive}
             return list(self._alive.values())
 
     def is_alive(self, generator_id: str) -> bool:
@@ -140,22 +140,33 @@ class Generators:
     def holder(self, base_model_id: str, version_ids: Sequence[str]) -> str | None:
         """A generator with a free row, of several the one with most, that has all these adapters; None without one.
 
-        None too where no choice is to be made: for the bare base, and with one generator. What was sent to it since it
-        reported counts as a row taken.
+        None too where no choice is to be made: for the bare base, and with one generator. Raises Unavailable.
         """
         alive = self.alive()
         if not version_ids or len(alive) < 2:
             return None
         with self._lock:
-            best: tuple[int, str] | None = None
-            for report in alive:
-                free = _free_rows(report, base_model_id, set(version_ids)) - self._sent[report.generator_id]
-                if free > 0 and (best is None or free > best[0]):
-                    best = free, report.generator_id
-            if best is None:
-                return None
-            self._sent[best[1]] += 1
-            return best[1]
+            free = {one.generator_id: self._free_rows(one, base_model_id, set(version_ids)) for one in alive}
+        best = max(free, key=free.__getitem__)
+        return best if free[best] > 0 else None
+
+    def note_sent(self, generator_id: str, errand: object) -> None:
+        """This process has sent it something to do, which occupies a row of it as long as the `errand` is kept."""
+        with self._lock:
+            self._sent.setdefault(generator_id, WeakSet()).add(errand)
+
+    def note_lost(self, generator_id: str, errand: object) -> None:
+        """It did not take it."""
+        with self._lock:
+            self._sent.setdefault(generator_id, WeakSet()).discard(errand)
+
+    def _free_rows(self, report: GeneratorReport, base_model_id: str, version_ids: set[str]) -> int:
+        """Rows free for a request with these adapters; 0 if it would have to load one, or the generator is leaving."""
+        for engine in report.engines:
+            if engine.base_model_id == base_model_id and version_ids.issubset(engine.resident) and report.seats:
+                sent = len(self._sent.get(report.generator_id, ()))
+                return engine.max_rows - max(sent, engine.running + engine.waiting)
+        return 0
 
     def requests_per_s(self, base_model_id: str) -> float:
         """How many requests of this base model are finished per second, all generators together. Raises Unavailable."""
@@ -182,16 +193,6 @@ class Generators:
             if report.generator_id == generator_id:
                 found[generator_id] = report
         return found
-
-
-def _free_rows(report: GeneratorReport, base_model_id: str, version_ids: set[str]) -> int:
-    """Rows free for a request with these adapters; 0 if it would have to load one, or the generator is leaving."""
-    if not report.seats:
-        return 0
-    for engine in report.engines:
-        if engine.base_model_id == base_model_id and version_ids.issubset(engine.resident):
-            return engine.max_rows - engine.running - engine.waiting
-    return 0
 
 
 def _report_key(generator_id: str) -> str:

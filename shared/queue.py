@@ -66,6 +66,19 @@ def own_queue(base_model_id: str, generator_id: str) -> str:
     return f"{generate_queue(base_model_id)}.{generator_id}"
 
 
+def listen(app: Celery, base_model_id: str, generator_id: str) -> list[str]:
+    """The names of the queues that a generator of this base model reads, made known to its Celery application."""
+    own = _own_queue(base_model_id, generator_id)
+    app.amqp.queues.add(own)
+    return [generate_queue(base_model_id), own.name]
+
+
+def _own_queue(base_model_id: str, generator_id: str) -> BrokerQueue:
+    # Without an exchange the broker keeps nothing of a queue but its messages: generators come and go.
+    name = own_queue(base_model_id, generator_id)
+    return BrokerQueue(name, Exchange(""), routing_key=name)
+
+
 def celery_app(broker_url: str, *, timeout_s: float = 30.0) -> Celery:
     """The Celery application for a redis://, rediss:// or unix:// broker, for a worker; `timeout_s` is per answer."""
     app = Celery("lorad", broker=broker_url.replace("unix://", "redis+socket://", 1), set_as_current=False)
@@ -253,11 +266,9 @@ class Queue:
         if generator_id is None:
             self._send(GENERATE_TASK, generate_queue(base_model_id), arguments, expires=remaining_s)
             return
-        # Without an exchange the broker keeps nothing of a queue but its messages: generators come and go.
-        name = own_queue(base_model_id, generator_id)
-        queue = BrokerQueue(name, Exchange(""), routing_key=name)
+        queue = _own_queue(base_model_id, generator_id)
         self._send(GENERATE_TASK, queue, arguments, expires=remaining_s)
-        self._forget_later(name, OWN_QUEUE_S)
+        self._forget_later(queue.name, OWN_QUEUE_S)
 
     def _forget_later(self, queue: str, seconds: int) -> None:
         """Let the messages of a queue go once the newest is too old: if nobody takes them, nobody else removes them."""
