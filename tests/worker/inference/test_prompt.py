@@ -13,9 +13,7 @@ from worker.inference.prompt import DEFAULT_MAX_TOKENS, PromptReader
 
 
 def request(**given: Any) -> GenerationRequest:
-    return GenerationRequest(
-        request_id="r", base_model_id="b", deadline_unix_s=time.time() + 60, **given
-    )
+    return GenerationRequest(request_id="r", base_model_id="b", deadline_unix_s=time.time() + 60, **given)
 
 
 def chat(content: str, **given: Any) -> GenerationRequest:
@@ -104,3 +102,42 @@ def test_messages_need_a_chat_template(tiny_base: BaseModel) -> None:
         reader.read(chat("hi"))
     assert caught.value.param == "messages"
     assert reader.read(request(prompt="hi")).ids
+
+
+def test_a_prompt_of_token_ids_is_read_as_it_is(tiny_base: BaseModel) -> None:
+    """Nothing is added and special tokens are what they are."""
+    assert PromptReader(tiny_base).read(request(prompt=[1, 70, 2])).ids == [1, 70, 2]
+
+
+def test_token_ids_outside_the_vocabulary_are_refused(tiny_base: BaseModel) -> None:
+    """All of them are named with their places, and what is allowed; the largest id there is, is taken."""
+    reader = PromptReader(tiny_base)
+
+    with pytest.raises(InvalidRequest, match=r"0 to 258.* 259 at 1, 1000 at 3") as caught:
+        reader.read(request(prompt=[5, 259, 6, 1000]))
+    assert caught.value.param == "prompt"
+    assert reader.read(request(prompt=[258])).ids == [258]
+
+
+def test_no_token_ids_are_no_prompt(tiny_base: BaseModel) -> None:
+    """There is nothing to continue."""
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        PromptReader(tiny_base).read(request(prompt=[]))
+
+
+def test_echo_is_the_prompt_as_it_was_given(tiny_base: BaseModel) -> None:
+    """Text as it is, token ids as their text; without echo nothing."""
+    reader = PromptReader(tiny_base)
+    ids = tiny_base.tokenizer("né<|im_end|>", add_special_tokens=False)["input_ids"]
+
+    assert reader.read(request(prompt="<|im_start|>né", echo=True)).echo == "<|im_start|>né"
+    assert reader.read(request(prompt=ids, echo=True)).echo == "né<|im_end|>"
+    assert reader.read(request(prompt="né")).echo == ""
+
+
+@pytest.mark.parametrize("given", [{"logprobs": 1, "prompt": "x"}, {"messages": [Message(role="user", content="x")]}])
+def test_echo_that_cannot_be_is_refused(tiny_base: BaseModel, given: dict[str, Any]) -> None:
+    """There are no log-probabilities of a prompt, and a conversation is no prompt; the field is named."""
+    with pytest.raises(InvalidRequest) as caught:
+        PromptReader(tiny_base).read(request(echo=True, **given))
+    assert caught.value.param == "echo"
