@@ -4,7 +4,7 @@ import re
 
 from flask import Flask, Response, g, request
 
-from api import adapters, completions, errors, files, jobs, models, ops
+from api import adapters, completions, errors, files, generators, jobs, models, ops
 from api.auth import Gate
 from api.call import Seats, Services
 from api.endpoint import Endpoint, install
@@ -14,7 +14,7 @@ from shared.config import Settings
 from shared.queue import Queue
 from shared.store.layout import Layout
 
-RESOURCES = (files, jobs, models, adapters, completions, ops)
+RESOURCES = (files, jobs, models, adapters, completions, generators, ops)
 ENDPOINTS = [one for resource in RESOURCES for one in vars(resource).values() if isinstance(one, Endpoint)]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -4,13 +4,14 @@ from typing import Literal
 
 from flask import Response, current_app
 
-from api import docs, openapi
+from api import docs, generator_metrics, openapi
 from api.call import Call
 from api.endpoint import Endpoint, endpoint
 from api.metrics import CONTENT_TYPE
 from api.schemas.wire import Out
 from shared import db
 from shared.errors import Unavailable
+from shared.store import base_models
 
 ENDPOINTS_KEY = "lorad_endpoints"
 METRICS_KEY = "lorad_metrics"
@@ -46,8 +47,24 @@ def readyz(call: Call) -> Readiness:
 
 @endpoint("GET /metrics", scope="admin", media={CONTENT_TYPE: "Prometheus text format"})
 def metrics(call: Call) -> Response:
-    """Figures for Prometheus."""
-    return Response(current_app.extensions[METRICS_KEY].exposition(), content_type=CONTENT_TYPE)
+    """Figures for Prometheus: about requests to this process, and about generation as all generators tell it."""
+    figures = current_app.extensions[METRICS_KEY].exposition() + _of_generators(call)
+    return Response(figures, content_type=CONTENT_TYPE)
+
+
+def _of_generators(call: Call) -> bytes:
+    with call.read() as tx:
+        bases = {row.id: row.name for row in base_models.list_all(tx)}
+    try:
+        reports = call.queue.generators.alive()
+        queues = generator_metrics.Queues(
+            doorbells=call.queue.num_doorbells(),
+            inspections=call.queue.num_inspections(),
+            requests={name: call.queue.num_waiting(base_id) for base_id, name in bases.items()},
+        )
+    except Unavailable:
+        return generator_metrics.exposition([], None, bases)
+    return generator_metrics.exposition(reports, queues, bases)
 
 
 @endpoint("GET /openapi.json", scope="any", media={"application/json": "an OpenAPI 3.1 document"})

@@ -1,6 +1,6 @@
 """Adapters: a tenant's names, their immutable versions, and the aliases that point at those."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from sqlalchemy import Select, insert, select, update
 from sqlalchemy import delete as delete_rows
@@ -22,6 +22,7 @@ __all__ = [
     "insert_version",
     "list_all",
     "mark_corrupt",
+    "names",
     "prepare",
     "resolve",
     "set_aliases",
@@ -30,6 +31,7 @@ __all__ = [
     "versions",
 ]
 
+_IDS_AT_ONCE = 500  # SQLite takes no more than 999 parameters in old versions
 _UNSYNCHRONISED = {"synchronize_session": False, "populate_existing": True}
 
 
@@ -93,6 +95,23 @@ def list_all(tx: Tx, tenant: str) -> list[Adapter]:
 def versions(tx: Tx, adapter: Adapter) -> list[AdapterVersion]:
     """Versions that are not deleted, newest first; corrupt ones are among them."""
     return list(tx.scalars(_kept(adapter), execution_options=_UNSYNCHRONISED))
+
+
+def names(tx: Tx, tenant: str, version_ids: Collection[str]) -> dict[str, str]:
+    """`name@3` by version id, of those that are the tenant's and not deleted."""
+    found: dict[str, str] = {}
+    ordered = sorted(version_ids)
+    for start in range(0, len(ordered), _IDS_AT_ONCE):
+        query = select(AdapterVersion.id, Adapter.name, AdapterVersion.version).join(
+            Adapter, Adapter.id == AdapterVersion.adapter_id
+        )
+        query = query.where(
+            AdapterVersion.id.in_(ordered[start : start + _IDS_AT_ONCE]),
+            Adapter.tenant == tenant,
+            AdapterVersion.state != "deleted",
+        )
+        found |= {version_id: f"{name}@{version}" for version_id, name, version in tx.execute(query)}
+    return found
 
 
 def aliases(tx: Tx, adapter: Adapter) -> dict[str, int]:
