@@ -15,7 +15,7 @@ from shared.cli.http import Json, Service, ServiceError
 _OPTIONAL = ("top_p", "min_p", "repetition_penalty", "max_tokens", "seed", "stop")
 
 
-class _Share(click.ParamType):
+class _Share(click.ParamType[tuple[str, float]]):
     """NAME[@VERSION]=WEIGHT as a pair; the weight is 1 where none is given."""
 
     name = "NAME[@VERSION][=WEIGHT]"
