@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
-import torch
-
 from shared.specs import Order
 from worker.base_model import BaseModel
 from worker.kernels import accelerate
@@ -115,6 +113,7 @@ class TrainingEngine:
         while not self._closed or not self._inbox.empty():
             if not self._runs:
                 self._room = self._max_tokens
+                self._stream.release_memory()  # others may use the GPU while nothing is trained
             try:
                 submitted = self._inbox.get(block=not self._runs)
             except queue.Empty:
@@ -174,7 +173,7 @@ class TrainingEngine:
             ((run, part),) = parts.items()
             self._guarded(run, lambda run: self._shrink(run, part, failure))
             return False
-        self._release_memory()
+        self._stream.release_memory()
         fit = [self._learn({run: part}) for run, part in parts.items()]
         if is_out_of_memory(failure) and all(fit):  # else one of the jobs was too large by itself
             self._room = max(self._room // 2, 1)
@@ -199,12 +198,8 @@ class TrainingEngine:
         if not is_out_of_memory(error):
             raise error
         without_frames(error)
-        self._release_memory()
+        self._stream.release_memory()
         run.halve_parts(part)
-
-    def _release_memory(self) -> None:
-        if self._base.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _settle_all(self) -> None:
         for run in list(self._runs):
