@@ -134,11 +134,13 @@ class ResidentAdapters:
         soon: set[str] = set()
         first: frozenset[str] = frozenset()
         for shares in waiting:
+            if len(window) >= READ_AHEAD:
+                break
             needed = [share.version_id for share in shares]
             first = first or frozenset(needed)
             absent = [name for name in needed if name not in self._resident and name not in window]
-            if window and absent and len(window) + len(absent) > READ_AHEAD:
-                break
+            if window and len(window) + len(absent) > READ_AHEAD:
+                continue  # as `acquire` decides too: what one of them starts the other must not drop
             window.update(dict.fromkeys(absent))
             soon.update(needed)
         self._first, self._soon = first, frozenset(soon)

@@ -205,6 +205,30 @@ def test_a_mix_is_read_ahead_whole_or_not(shelf: AdapterShelf, room_for_two: Cal
     assert acquire(adapters, "b", "c") is Readiness.READY
 
 
+def test_what_passes_a_mix_without_place_is_not_dropped_again(
+    shelf: AdapterShelf, room_for_two: Callable[..., ResidentAdapters]
+) -> None:
+    """One that takes the last place behind a mix that needs two keeps it: dropped, it would be started and dropped in
+    every turn of the loop for as long as the reads before it take."""
+    may_go, dropped = threading.Event(), threading.Event()
+
+    def locate(name: str) -> Path:
+        assert may_go.wait(60)
+        return shelf.locate("a")
+
+    adapters = room_for_two(locate=locate, on_read=dropped.set)
+    waiting = [*(shares(f"n{i}") for i in range(READ_AHEAD - 1)), shares("b", "c"), shares("last")]
+    for _ in range(2):
+        for asked in waiting:
+            assert adapters.acquire(asked) is Readiness.LOADING
+        adapters.prefetch(waiting)
+    was_dropped = dropped.is_set()
+    may_go.set()
+
+    assert not was_dropped
+    assert acquire(adapters, "last") is Readiness.READY
+
+
 def test_the_part_that_cannot_be_read_is_the_error(
     shelf: AdapterShelf, room_for_two: Callable[..., ResidentAdapters]
 ) -> None:
