@@ -15,7 +15,7 @@ Weights = NDArray[np.float64]
 
 _BLOCK: Final = 256
 _COLDEST: Final = 1e-30
-"""Dividing by less overflows float32; at this temperature already only equals of the likeliest token are left."""
+"""Colder overflows float32; at this temperature already only equals of the likeliest token are left."""
 _MARGIN: Final = 1e-5
 """Relative; more than float32 sums over a vocabulary are off by."""
 
@@ -100,7 +100,8 @@ class Cuts:
     def _exponentials(self, logits_V: Logits) -> Logits:
         """exp((l - max) / temperature), in float32."""
         z_V: Logits = logits_V - logits_V.max()
-        z_V /= max(self.temperature, _COLDEST)
+        if self.temperature != 1:
+            z_V *= 1 / max(self.temperature, _COLDEST)
         np.exp(z_V, out=z_V)
         return z_V
 

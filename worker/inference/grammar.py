@@ -4,8 +4,10 @@
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import llguidance
@@ -20,7 +22,8 @@ from worker.inference.tokens import TokenTable
 
 _PARAM: Final = "response_format"
 _KEPT: Final = 32
-"""Compiled grammars; a hostile one takes some 20 MB with the limits below, an ordinary one far less than 1 MB."""
+"""Compiled grammars; a hostile one takes some 20 MB at the parser's limits, an ordinary one far less than 1 MB."""
+_QUICK_S: Final = 0.05
 _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between the parts of a document. Without a bound, small models that like to indent do not come back."""
 
@@ -28,51 +31,80 @@ _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
 class GrammarState:
     """One sequence on its way through a grammar. The engine's thread moves it on."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: Sequence[int]) -> None:
-        self._matcher = matcher
-        self._eos_token_ids = list(eos_token_ids)
+    def __init__(self, grammar: "Grammar") -> None:
+        self._grammar = grammar
+        self._matcher = grammar.copy()
+        self._token_ids: list[int] = []
 
     def mask(self, logits_V: NDArray[np.float32]) -> None:
         """Put -inf in the place of every token that may not come next; EOS may where the document is whole.
 
         Raises InvalidRequest where following the schema takes more than the limits.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._check()
-        allowed_V = np.unpackbits(bits, bitorder="little", count=len(logits_V)).astype(bool)
-        allowed_V[self._eos_token_ids] = self._matcher.is_accepting()
+        bits = self._matcher.compute_bitmask()
+        if self._matcher.is_error():
+            self._start_again()
+            bits = self._matcher.compute_bitmask()
+            self._check()
+        allowed_V = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=len(logits_V)).astype(bool)
+        allowed_V[self._grammar.eos_token_ids] = self._matcher.is_accepting()
         logits_V[~allowed_V] = -np.inf
 
     def add(self, token_id: int) -> None:
-        """The sequence has got this token."""
+        """The sequence has got this token, which `mask` allowed. Raises InvalidRequest as `mask` does."""
+        self._token_ids.append(token_id)
         if not self._matcher.consume_token(token_id):
-            self._check()
-            raise AssertionError(f"token {token_id} is not what the grammar allowed")
+            self._start_again()
 
     @property
     def is_complete(self) -> bool:
         """True if the document is whole and nothing but its end can follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
+    def _start_again(self) -> None:
+        """Follow a grammar whose automaton is empty again: that of all sequences together may be what is too large."""
+        if self._grammar.renew():
+            self._matcher = self._grammar.copy()
+            self._matcher.consume_tokens(self._token_ids)
+        self._check()
+
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InvalidRequest(
-                f"the schema is too complex to follow: {_shown(self._matcher.get_error())}", param=_PARAM
-            )
+            reason = _shown(self._matcher.get_error())
+            raise InvalidRequest(f"the schema is too complex to follow: {reason}", param=_PARAM)
 
 
 class Grammar:
-    """A compiled response format; any number of sequences may follow it at once."""
+    """A compiled response format; any number of sequences may follow it at once.
 
-    def __init__(self, matcher: llguidance.LLMatcher, eos_token_ids: Sequence[int]) -> None:
-        self._matcher = matcher
-        self._eos_token_ids = eos_token_ids
+    They share an automaton that grows with what they meet, up to a limit, and is then begun anew.
+    """
+
+    def __init__(self, make: Callable[[], llguidance.LLMatcher], eos_token_ids: Sequence[int]) -> None:
+        self.eos_token_ids = list(eos_token_ids)
+        self._make = make
         self._lock = threading.Lock()
+        started_s = time.perf_counter()
+        self._matcher = make()
+        self._compile_s = time.perf_counter() - started_s
+        self.is_spent = False
 
     def start(self) -> GrammarState:
         """A sequence that has nothing yet."""
+        return GrammarState(self)
+
+    def copy(self) -> llguidance.LLMatcher:
+        """The library's own state of such a sequence."""
         with self._lock:
-            return GrammarState(self._matcher.deep_copy(), self._eos_token_ids)
+            return self._matcher.deep_copy()
+
+    def renew(self) -> bool:
+        """Begin the automaton anew, True; or leave it to the next request where that is too slow for the engine."""
+        self.is_spent = self._compile_s > _QUICK_S
+        if not self.is_spent:
+            with self._lock:
+                self._matcher = self._make()
+        return not self.is_spent
 
 
 class GrammarCompiler:
@@ -106,11 +138,13 @@ class GrammarCompiler:
             return grammar
 
     def _known(self, text: str) -> Grammar | None:
-        """One that is kept, which is now the last used."""
+        """One that is kept and of use, which is now the last used."""
         with self._lock:
-            if text in self._kept:
-                self._kept.move_to_end(text)
-            return self._kept.get(text)
+            grammar = self._kept.get(text)
+            if grammar is None or grammar.is_spent:
+                return None
+            self._kept.move_to_end(text)
+            return grammar
 
     def _compile(self, text: str, *, is_ours: bool) -> Grammar:
         if self._tokenizer is None:
@@ -125,9 +159,11 @@ class GrammarCompiler:
             raise _refused(str(error)) from error
         if not is_ours and (problem := problem_of(source)) is not None:
             raise _refused(problem)
-        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=PARSER_LIMITS)
-        assert not matcher.is_error(), matcher.get_error()
-        return Grammar(matcher, self._eos_token_ids)
+        make = partial(llguidance.LLMatcher, self._tokenizer, source, log_level=0, limits=PARSER_LIMITS)
+        grammar = Grammar(make, self._eos_token_ids)
+        if (matcher := grammar.copy()).is_error():
+            raise _refused(matcher.get_error())
+        return grammar
 
 
 class _Vocabulary:
