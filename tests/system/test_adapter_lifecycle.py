@@ -23,7 +23,7 @@ from worker.lora import LoadedAdapter, write_adapter
 from worker.lora.format import read_adapter
 from worker.lora.spec import AdapterSpec
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 NUM_CLIENTS = 50
 WIDTHS = {"q_proj": (576, 576), "v_proj": (576, 192)}
