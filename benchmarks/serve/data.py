@@ -76,7 +76,7 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
 
     prompts = [tokens(text) for text in request["prompts"]]
     (work / "prompts.json").write_text(json.dumps(prompts))
-    made_as, note = json.dumps([plan.seed, plan.update_share]), work / "store" / "made-as.json"
+    made_as, note = json.dumps([plan.seed, plan.update_shares]), work / "store" / "made-as.json"
     if not note.is_file() or note.read_text() != made_as:
         shutil.rmtree(work / "store", ignore_errors=True)
         (work / "store" / "adapters").mkdir(parents=True)
@@ -86,11 +86,13 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     for name in names:
         if not adapter_path(work, name).is_dir():
             dice = torch.Generator().manual_seed(int(sha256(f"{plan.seed} {name}".encode()).hexdigest()[:12], 16))
-            _write(work, name, base.model, norms, plan.update_share, dice)
+            _write(work, name, base.model, norms, plan.update_shares, dice)
     return {"num_adapters": len(names), "prompt_tokens": [len(ids) for ids in prompts]}
 
 
-def _write(work: Path, name: str, model: "nn.Module", norms: dict[str, float], update_share: float, dice: Any) -> None:
+def _write(
+    work: Path, name: str, model: "nn.Module", norms: dict[str, float], shares: dict[str, float], dice: Any
+) -> None:
     """One adapter: A as it is initialised, B normal, scaled so that the update has the plan's share of W's norm."""
     import torch
 
@@ -108,7 +110,7 @@ def _write(work: Path, name: str, model: "nn.Module", norms: dict[str, float], u
         a_RI = (torch.rand(rank, num_in, generator=dice) * 2 - 1) / num_in**0.5
         b_OR = torch.randn(num_out, rank, generator=dice)
         share = float(torch.linalg.matrix_norm(b_OR @ a_RI)) * spec.scaling(path) / norms[path]
-        tensors[path] = a_RI, b_OR * (update_share / share)
+        tensors[path] = a_RI, b_OR * (shares[family] / share)
     place = adapter_path(work, name)
     part = place.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)

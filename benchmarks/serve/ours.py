@@ -15,12 +15,10 @@ from benchmarks.serve.loads import Heard
 from benchmarks.serve.plan import SCENARIOS, Plan, Row, adapter_names, pairs
 from shared.config import Settings
 from shared.specs import AdapterShare, Chunk, GenerationRequest
-from shared.store import adapters as adapter_store
-from shared.store.layout import Layout
-from shared.tables import AdapterVersion
 from worker.base_model import load_base_model
 from worker.inference.engine import InferenceEngine
 from worker.inference.tokens import TokenTable
+from worker.lora.format import StoredAdapter
 
 Asked = tuple[list[int], str | None]
 
@@ -55,17 +53,16 @@ class Client:
 
     def __init__(self, work: Path, plan: Plan, row: Row) -> None:
         self._plan = plan
-        self._layout = Layout(work / "store")
-        names = adapter_names(plan.store_size)
-        self._versions = {version_id(name): self._version(work, name) for name in names}
+        stored = {version_id(name): _stored(work, name) for name in adapter_names(plan.store_size)}
         base = load_base_model(work / "base", name="base", digest="0" * 64, device=plan.device, dtype=row.dtype)
         self.dtype = str(base.dtype).removeprefix("torch.")
         self._tokenizer = base.tokenizer
         self._engine = InferenceEngine(
             base,
-            locate=lambda version: adapter_store.verify(self._layout, self._versions[version]),
+            locate=stored.__getitem__,
             adapter_cache_bytes=Settings.adapter_cache_bytes,
             max_rows=plan.num_prompts,
+            kv_cache_bytes=Settings.kv_cache_bytes,
         )
         self._callers = ThreadPoolExecutor(256)
         self._num_asked = 0
@@ -129,11 +126,6 @@ class Client:
             deadline_unix_s=time.time() + 600,
         )
 
-    def _version(self, work: Path, name: str) -> AdapterVersion:
-        """The row that the service's database would have; the bench has no database."""
-        manifest = json.loads((adapter_path(work, name) / "manifest.json").read_text())
-        return AdapterVersion(id=version_id(name), manifest=manifest)
-
 
 def cold(client: Client, plan: Plan, prompts: list[list[int]], number: int) -> dict[str, Any]:
     """Times to first token, in ms, of single requests: over a resident adapter, and over one never asked for before."""
@@ -189,6 +181,13 @@ def open_loop(client: Client, plan: Plan, prompts: list[list[int]], number: int)
             waited_for.append(client.submit(asked[k % len(asked)], due_s=start_s + arrival_s))
         found[f"{rate:g}"] = loads.latencies([future.result() for future in waited_for])
     return found
+
+
+def _stored(work: Path, name: str) -> StoredAdapter:
+    """As the generator process finds an adapter in the database: its directory, and the checksums of its files."""
+    directory = adapter_path(work, name)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    return StoredAdapter(directory, {filename: file["sha256"] for filename, file in manifest["files"].items()})
 
 
 def _completed(chunk: Chunk) -> int:

@@ -12,9 +12,9 @@ from tests.worker.conftest import byte_tokenizer
 PROMPTS = ["What is a tide?", "Name five animals, please.", "2 + 2?", "Hello there, who are you?"]
 PLAN = Plan(
     threads=1, num_prompts=4, new_tokens=6, repeats=1, store_size=24, zipf_requests=8, cold_requests=4,
-    rates=[20.0], open_s=0.5, update_share=1.0,
+    rates=[20.0], open_s=0.5, update_shares={"qv": 1.0, "mixed": 1.5, "linear": 0.5},
 )  # fmt: skip
-"""Updates as large as the weights: a tiny random model's choices hardly depend on smaller ones."""
+"""Updates about as large as the weights: a tiny random model's choices hardly depend on smaller ones."""
 
 
 @pytest.fixture(scope="session")

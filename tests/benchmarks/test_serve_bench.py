@@ -136,7 +136,7 @@ def test_made_adapters_are_peft_adapters_of_the_planned_size(bench_work: Path, n
     assert config["r"] == FAMILIES[family].rank(int(number))
     moved = {path: float((w - before[path]).norm() / before[path].norm()) for path, w in merged.state_dict().items()}
     touched = {path for path, share in moved.items() if share > 0}
-    assert [moved[path] for path in touched] == pytest.approx([PLAN.update_share] * len(touched), rel=1e-3)
+    assert [moved[path] for path in touched] == pytest.approx([PLAN.update_shares[family]] * len(touched), rel=1e-3)
     assert {path.split(".")[-2] for path in touched} == (
         {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
         if family == "linear"
