@@ -84,6 +84,16 @@ class Models:
                 log.info("serving base model %s", base_model_id)
 
 
+def end_if_stuck(desk: Desk, *, hung_s: float) -> None:
+    """From now on, end this process once a turn of an engine takes longer; open answers end with an error first."""
+
+    def give_up_hung(seconds: float) -> None:
+        desk.end_all("The generator got stuck; try again.", timeout_s=LAST_WORDS_S)
+        give_up("generator", f"a turn of the engine has taken {seconds:.0f} s")
+
+    watch(lambda: desk.overdue_s(floor_s=hung_s), floor_s=hung_s, on_hung=give_up_hung)
+
+
 def main() -> None:
     """Run a generator until SIGTERM or SIGINT."""
     settings = Settings.from_env()
@@ -93,10 +103,6 @@ def main() -> None:
     desk = Desk(Queue(settings.resolved_broker_url), seats=seats, load=models.load)
     app.task(name=GENERATE_TASK)(desk.answer)
     known = set(models.base_model_ids())
-
-    def give_up_hung(seconds: float) -> None:
-        desk.end_all("The generator got stuck; try again.", timeout_s=LAST_WORDS_S)
-        give_up("generator", f"a turn of the engine has taken {seconds:.0f} s")
 
     def follow(worker: Any) -> None:
         def serve(base_model_id: str) -> None:
@@ -109,8 +115,7 @@ def main() -> None:
         threading.Thread(target=desk.leave, kwargs={"after_s": LEAVE_S}, daemon=True, name="leave").start()
 
     worker_shutting_down.connect(leave, weak=False)
-    watch(lambda: desk.overdue_s(floor_s=settings.generate_hung_s), floor_s=settings.generate_hung_s,
-          on_hung=give_up_hung)  # fmt: skip
+    end_if_stuck(desk, hung_s=settings.generate_hung_s)
     desk.start_publishing()
     # The bare name "generate" keeps the consumer alive before the first base model is registered.
     queues = ["generate", *(name for one in known for name in listen(app, one, desk.generator_id))]
