@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import limits
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, Unavailable
 from shared.specs import ResponseFormat
 from worker.inference.grammar_trial import PARSER_LIMITS, problem_of
 from worker.inference.tokens import TokenTable
@@ -24,6 +24,8 @@ _PARAM: Final = "response_format"
 _KEPT: Final = 32
 """Compiled grammars; a hostile one takes some 20 MB at the parser's limits, an ordinary one far less than 1 MB."""
 _QUICK_S: Final = 0.05
+_PATIENCE_S: Final = 20.0
+_BUSY: Final = "the generator is too busy to compile a new schema; try again"
 _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
 """Between the parts of a document. Without a bound, small models that like to indent do not come back."""
 
@@ -118,35 +120,43 @@ class GrammarCompiler:
         self._vocabulary_size = vocabulary_size
         self._eos_token_ids = sorted(eos_token_ids)
         self._tokenizer: llguidance.LLTokenizer | None = None
-        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._kept: OrderedDict[str, Grammar | str] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Lock()
 
     def compile(self, wanted: ResponseFormat) -> Grammar:
-        """The grammar; raises InvalidRequest that says why for a schema that cannot be followed."""
-        schema = {"type": "object"} if wanted.json_schema is None else wanted.json_schema
-        text = _checked(schema)
-        if (grammar := self._known(text)) is not None:
-            return grammar
-        with self._compiling:
-            if (grammar := self._known(text)) is None:
-                grammar = self._compile(text, is_ours=wanted.json_schema is None)
-                with self._lock:
-                    self._kept[text] = grammar
-                    if len(self._kept) > _KEPT:
-                        self._kept.popitem(last=False)
-            return grammar
+        """The grammar. Raises InvalidRequest that says why a schema cannot be followed, Unavailable when too busy."""
+        text = _checked({"type": "object"} if wanted.json_schema is None else wanted.json_schema)
+        if (known := self._known(text)) is None:
+            if not self._compiling.acquire(timeout=_PATIENCE_S):
+                raise Unavailable(_BUSY, param=_PARAM)
+            try:
+                if (known := self._known(text)) is None:
+                    known = self._compile(text, is_ours=wanted.json_schema is None)
+                    self._keep(text, known)
+            finally:
+                self._compiling.release()
+        if isinstance(known, str):
+            raise _refused(known)
+        return known
 
-    def _known(self, text: str) -> Grammar | None:
-        """One that is kept and of use, which is now the last used."""
+    def _known(self, text: str) -> Grammar | str | None:
+        """A grammar or refusal that is kept and of use, which is now the last used."""
         with self._lock:
-            grammar = self._kept.get(text)
-            if grammar is None or grammar.is_spent:
+            known = self._kept.get(text)
+            if known is None or (isinstance(known, Grammar) and known.is_spent):
                 return None
             self._kept.move_to_end(text)
-            return grammar
+            return known
 
-    def _compile(self, text: str, *, is_ours: bool) -> Grammar:
+    def _keep(self, text: str, made: Grammar | str) -> None:
+        with self._lock:
+            self._kept[text] = made
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+
+    def _compile(self, text: str, *, is_ours: bool) -> Grammar | str:
+        """The grammar of a schema, or why it has none."""
         if self._tokenizer is None:
             vocabulary = _Vocabulary(self._table, self._vocabulary_size, self._eos_token_ids)
             self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary))
@@ -155,15 +165,15 @@ class GrammarCompiler:
             source = llguidance.LLMatcher.grammar_from_json_schema(
                 text, overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False}
             )
+            if not is_ours and (problem := problem_of(source)) is not None:
+                return problem
         except ValueError as error:
-            raise _refused(str(error)) from error
-        if not is_ours and (problem := problem_of(source)) is not None:
-            raise _refused(problem)
+            return str(error)
+        except TimeoutError as error:
+            raise Unavailable(_BUSY, param=_PARAM) from error
         make = partial(llguidance.LLMatcher, self._tokenizer, source, log_level=0, limits=PARSER_LIMITS)
         grammar = Grammar(make, self._eos_token_ids)
-        if (matcher := grammar.copy()).is_error():
-            raise _refused(matcher.get_error())
-        return grammar
+        return str(grammar.copy().get_error()) or grammar
 
 
 class _Vocabulary:

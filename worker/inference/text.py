@@ -39,7 +39,7 @@ class Detokeniser:
 
 
 class StopScanner:
-    """Cuts a stream of text off at the first stop string, wherever the pieces' borders lie.
+    """Cuts a stream of text off before the stop string that is whole first, wherever the pieces' borders lie.
 
     Text that may turn out to begin a stop string is held back until that is known.
     """
@@ -55,10 +55,10 @@ class StopScanner:
         if self.stopped:
             return ""
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            return self._give(min(found))
+            return self._give(min(found)[1])
         return self._give(len(self._held) - self._num_doubtful())
 
     def finish(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shared import limits
-from shared.errors import InvalidRequest
+from shared.errors import InvalidRequest, Unavailable
 from shared.specs import GenerationRequest, ResponseFormat
 from tests.worker.conftest import byte_tokenizer
 from tests.worker.inference.test_answer import answer_to, ask, generate, text_of
@@ -240,6 +240,32 @@ def test_compiled_grammars_are_kept() -> None:
     assert grammars.compile(schema(PERSON)) is first
     turned = PERSON | {"properties": dict(reversed(PERSON["properties"].items()))}  # type: ignore[union-attr,attr-defined]
     assert grammars.compile(schema(turned)) is not first
+
+
+def test_a_refusal_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schema that costs all the time allowed costs it once; each request is told the reason anew."""
+    grammars = compiler()
+    bad = schema({"not": {}})
+    with pytest.raises(InvalidRequest) as first:
+        grammars.compile(bad)
+    monkeypatch.setattr("worker.inference.grammar.problem_of", lambda source: pytest.fail("compiled again"))
+
+    with pytest.raises(InvalidRequest) as second:
+        grammars.compile(bad)
+
+    assert first.value is not second.value
+    assert first.value.message == second.value.message
+
+
+def test_a_schema_that_is_not_tried_in_time_is_no_fault_of_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is too busy says so, and the same schema is taken later."""
+    grammars = compiler()
+    with monkeypatch.context() as busy:
+        busy.setattr("worker.inference.grammar_trial._TIMEOUT_S", 0.001)
+        with pytest.raises(Unavailable, match="busy"):
+            grammars.compile(schema(PERSON))
+
+    grammars.compile(schema(PERSON))
 
 
 def test_only_the_last_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
 """Tokens to text: whole characters, the prompt's last space, stop strings."""
 
+import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -14,6 +15,7 @@ from tests.worker.inference.test_tokens import byte_fallback_tokenizer
 from worker.inference.text import Detokeniser, StopScanner
 from worker.inference.tokens import TokenTable
 
+PROPERTY = settings(derandomize=True, deadline=None)
 TEXT = "naïve 😀 日本語 \U0001f469‍\U0001f680 end"
 BYTE_LEVEL, BYTE_FALLBACK = TokenTable.of(byte_tokenizer()), TokenTable.of(byte_fallback_tokenizer())
 ID_OF_BYTE = {BYTE_LEVEL.text(i)[0]: i for i in range(3, 259)}
@@ -25,12 +27,13 @@ def tokens_of(data: bytes, table: TokenTable) -> list[int]:
 
 
 def told(table: TokenTable, token_ids: list[int]) -> list[str]:
-    """The pieces of an answer behind an empty prompt, and what is left at its end."""
-    detokeniser = Detokeniser(table, [])
+    """The pieces of an answer, and what is left at its end."""
+    detokeniser = Detokeniser(table, tokens_of(b"x", table))
     return [*(detokeniser.add(i) for i in token_ids), detokeniser.finish()]
 
 
 @pytest.mark.parametrize("table", [BYTE_LEVEL, BYTE_FALLBACK])
+@PROPERTY
 @given(data=st.binary(max_size=40))
 def test_any_bytes_come_out_as_they_decode(table: TokenTable, data: bytes) -> None:
     """Random bytes, most of them no UTF-8: nothing is lost, doubled or taken back."""
@@ -38,6 +41,7 @@ def test_any_bytes_come_out_as_they_decode(table: TokenTable, data: bytes) -> No
 
 
 @pytest.mark.parametrize("table", [BYTE_LEVEL, BYTE_FALLBACK])
+@PROPERTY
 @given(text=st.text(max_size=20))
 def test_each_character_comes_with_its_last_byte(table: TokenTable, text: str) -> None:
     """Not later, so that a stream is live, and not in part."""
@@ -47,6 +51,7 @@ def test_each_character_comes_with_its_last_byte(table: TokenTable, text: str) -
     assert pieces[-1] == ""
 
 
+@PROPERTY
 @given(data=st.binary(max_size=40))
 def test_bytes_come_out_as_the_tokenizer_decodes_the_whole(data: bytes) -> None:
     """The tokenizer that a client has at home makes the same text of the same tokens."""
@@ -130,6 +135,24 @@ def test_the_space_before_the_first_word_is_kept(spaced_tokenizer: Any) -> None:
 
     assert pieces == [" a", " time", "x"]
     assert spaced_tokenizer.decode([2, 3, 4]) == "a timex", "the tokenizer drops no space, so this proves nothing"
+
+
+@PROPERTY
+@given(
+    text=st.text(alphabet="ab", max_size=30),
+    stop=st.lists(st.text(alphabet="ab", min_size=1, max_size=5), max_size=4),
+    cuts=st.lists(st.integers(0, 30), max_size=10),
+)
+def test_stop_strings_cut_any_text_wherever_its_pieces_end(text: str, stop: list[str], cuts: list[int]) -> None:
+    """Up to the stop string that is whole first, and of those that are then whole the longest; else all of it."""
+    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(borders)]
+    found = [(at + len(one), at) for one in stop if (at := text.find(one)) >= 0]
+
+    given, stopped = shown(stop, pieces)
+
+    assert stopped == bool(found)
+    assert "".join(given) == (text[: min(found)[1]] if found else text)
 
 
 def shown(stop: list[str], pieces: list[str]) -> tuple[list[str], bool]:
