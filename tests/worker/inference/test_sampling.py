@@ -101,6 +101,20 @@ def test_a_row_chooses_the_same_alone_and_among_others(dtype: torch.dtype) -> No
     assert backwards == alone[::-1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_a_gpu_choose_as_they_do_on_a_cpu(dtype: torch.dtype) -> None:
+    """The same logits give the same tokens; a row with a NaN has none there either."""
+    logits = torch.randn(7, 9_001, generator=torch.Generator().manual_seed(0)).mul(4).to(dtype)
+    logits[4, 17] = math.nan
+    logits[:, 100] = logits[:, :100].max() + 9  # no equals at the top, of which each device takes its own
+
+    on_gpu = choose_all(logits.cuda(), [Row(sampler) for sampler in samplers()])
+
+    assert on_gpu == choose_all(logits, [Row(sampler) for sampler in samplers()])
+    assert on_gpu[4] is None
+
+
 def test_the_logits_are_left_alone() -> None:
     """Penalties and constraints work on a copy; the model may keep its output in one place."""
     logits = torch.randn(7, 100, generator=torch.Generator().manual_seed(0))
