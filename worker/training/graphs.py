@@ -22,9 +22,9 @@ from worker.kernels import varlen
 MOST_WORK: Final = 4e12
 """Parameters of the base times tokens of a stream; with more, the GPU is the slower one and a graph gains little. On an
 H100, 3,100 tokens of a model of 1.2 billion parameters take 67 ms by graph and 79 without; 1,700 take 37 and 82."""
-PAYS_FROM: Final = 4
+PAYS_FROM: Final = 2
 """Which stream of the same rounded size is captured, for each adapter; those before run kernel by kernel. Capturing
-takes as long as two or three of these, so that at worst it doubles what was spent."""
+takes about as long as two of these, and each replay after it less than a quarter of one."""
 MOST_GRAPHS: Final = 64
 LEAST_LONGEST: Final = 512
 
