@@ -164,6 +164,7 @@ def begin(
         echo=echo,
         logprobs=num_logprobs,
         response_format=asked.response_format.as_spec() if asked.response_format else None,
+        whole=not asked.stream,
         deadline_unix_s=time.time() + limits.GENERATION_TIMEOUT_S,
         **asked.model_dump(include=_PASSED_ON, exclude_none=True),
     )

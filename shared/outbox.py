@@ -44,9 +44,12 @@ class Delivery:
     `outcome` is None until then: ANSWERED, CANCELLED, LOST, or the code of the error that was sent.
     """
 
-    def __init__(self, outbox: "Outbox", request_id: str) -> None:
+    def __init__(self, outbox: "Outbox", request_id: str, *, whole: bool) -> None:
         self.request_id = request_id
         self.outcome: str | None = None
+        self.held: dict[int, Chunk] | None = None
+        """What waits for the end, by choice, where nobody reads before it; None before the first piece."""
+        self.is_whole = whole
         self._outbox = outbox
         self._ended = threading.Event()
 
@@ -95,9 +98,12 @@ class Outbox:
         self._sender.start()
         threading.Thread(target=self._listen, name="cancellations", daemon=True).start()
 
-    def open(self, request_id: str) -> Delivery:
-        """An answer to be sent. From now on a cancellation of its request ends it."""
-        delivery = Delivery(self, request_id)
+    def open(self, request_id: str, *, whole: bool = False) -> Delivery:
+        """An answer to be sent. From now on a cancellation of its request ends it.
+
+        With `whole` its first piece is sent at once, and what follows when the end is there.
+        """
+        delivery = Delivery(self, request_id, whole=whole)
         with self._lock:
             self._open.setdefault(request_id, delivery)  # a message that comes twice takes nothing from the first
         return delivery
@@ -158,7 +164,8 @@ class Outbox:
                 self._inbox.put(None)
                 break
             batch.append(following)
-        return joined(entry for entry in batch if entry[0].outcome is None)
+        due = [due for delivery, chunk in batch if delivery.outcome is None for due in _due(delivery, chunk)]
+        return joined(due)
 
     def _send(self, batch: list[tuple[Delivery, Chunk]]) -> None:
         if not batch:
@@ -194,6 +201,20 @@ class Outbox:
             delivery = self._open.get(request_id)
         if delivery is not None:
             delivery.end(CANCELLED)
+
+
+def _due(delivery: Delivery, chunk: Chunk) -> list[tuple[Delivery, Chunk]]:
+    """What is to be sent now that this piece has come."""
+    if not delivery.is_whole:
+        return [(delivery, chunk)]
+    if delivery.held is None:
+        delivery.held = {}
+        return [(delivery, chunk)]
+    if chunk.error is not None:
+        return [(delivery, chunk)]
+    held = delivery.held.pop(chunk.index, None)
+    delivery.held[chunk.index] = chunk if held is None else _join(held, chunk)  # the newest is the last
+    return [(delivery, piece) for piece in delivery.held.values()] if chunk.is_last else []
 
 
 def joined(batch: Iterable[tuple[Delivery, Chunk]]) -> list[tuple[Delivery, Chunk]]:

@@ -136,7 +136,8 @@ class GenerationRequest(Spec):
 
     A prompt is raw, may hold special tokens, and is text or token ids. `adapters` empty means the bare base model;
     several are one mix, the sum of their updates by weight. `logprobs` asks for the log-probability of each generated
-    token and that many of the likeliest. `deadline_unix_s` is wall time after which nobody listens.
+    token and that many of the likeliest. `whole` says that nobody reads what follows the first piece before the end is
+    there. `deadline_unix_s` is wall time after which nobody listens.
     """
 
     request_id: str
@@ -160,6 +161,7 @@ class GenerationRequest(Spec):
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
+    whole: bool = False
     deadline_unix_s: float
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ class Desk:
             return
         if request.deadline_unix_s < time.time():
             return
-        with self._outbox.open(request.request_id) as delivery:
+        with self._outbox.open(request.request_id, whole=request.whole) as delivery:
             try:
                 if not self._broker.claims.take(request.request_id, self.generator_id):
                     return
