@@ -129,9 +129,9 @@ def _markdown(
     parts = [
         f"`{_command(options)}`, {publish.today()}, {publish.processor()}, {plan.threads} threads; {versions}.",
         f"Prompts: {plan.num_prompts} {prompts_name}, {min(prompt_tokens)} to {max(prompt_tokens)} tokens, all asked "
-        f"at once; {plan.new_tokens} new tokens each, greedy. Rounds: {num_rounds}, {plan.repeats} timed runs in each. "
-        "Tokens/s are medians over rounds, of new tokens, reading the prompts included; in brackets how many times as "
-        "fast lorad is, the median of the ratios within a round.",
+        f"at once; {plan.new_tokens} new tokens each, greedy. Rounds: {num_rounds}, up to {plan.repeats} timed runs "
+        "in each. Tokens/s are medians over rounds, of new tokens, reading the prompts included; in brackets how many "
+        "times as fast lorad is, the median of the ratios within a round.",
         report.speed_table(result),
         *report.speed_notes(result),
         "\n".join(report.loads_notes(result, plan)),

@@ -2,11 +2,12 @@
 
 import random
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from benchmarks.serve.plan import Plan
 from benchmarks.stats import percentile
 
 
@@ -49,6 +50,14 @@ class Heard:
     @property
     def gaps_s(self) -> list[float]:
         return [after - before for before, after in zip(self.came_s, self.came_s[1:], strict=False)]
+
+
+def timed(run: Callable[[], float], plan: Plan) -> list[float]:
+    """The seconds that each of the plan's repeats took; at least one."""
+    seconds = [run()]
+    while len(seconds) < plan.repeats and sum(seconds) < plan.enough_s:
+        seconds.append(run())
+    return seconds
 
 
 def latencies(heard: Sequence[Heard]) -> dict[str, Any]:

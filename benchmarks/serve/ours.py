@@ -14,8 +14,9 @@ from benchmarks.serve.data import adapter_path, read_prompts, version_id
 from benchmarks.serve.loads import Heard
 from benchmarks.serve.plan import SCENARIOS, Plan, Row, adapter_names, pairs
 from shared.config import Settings
-from shared.specs import AdapterShare, Chunk, GenerationRequest
+from shared.specs import AdapterShare, Chunk, GeneratedToken, GenerationRequest
 from worker.base_model import load_base_model
+from worker.inference import logprobs
 from worker.inference.engine import InferenceEngine
 from worker.inference.tokens import TokenTable
 from worker.lora.format import StoredAdapter
@@ -34,9 +35,10 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         if request["mode"] == "answers":
             return {"answers": {name: client.answers(asked) for name, asked in scenarios.items()}}
         answer: dict[str, Any] = {"dtype": client.dtype, "rates": {}, "seconds": {}}
-        for name, asked in scenarios.items():
+        for name in row.timed:
+            asked = scenarios[name]
             client.ask_all(asked, new_tokens=8)
-            seconds = [client.seconds(asked) for _ in range(plan.repeats)]
+            seconds = loads.timed(lambda asked=asked: client.seconds(asked), plan)
             answer["seconds"][name] = seconds
             answer["rates"][name] = len(asked) * plan.new_tokens / median(seconds)
         for load in row.loads:
@@ -101,17 +103,17 @@ class Client:
             return list(callers.map(lambda one: self.submit(one, new_tokens=new_tokens).result(), asked))
 
     def answers(self, asked: Sequence[Asked]) -> list[list[int]]:
-        """Token ids of the answers, all asked at once; read off the bytes of each token that logprobs name."""
+        """Token ids of the answers, all asked at once; read off what logprobs say of each token."""
         table = TokenTable.of(self._tokenizer)
-        ids = {table.spelled(number): number for number in range(len(self._tokenizer))}
+        ids = {_shown(logprobs.told(table, number, 0.0, ())): number for number in range(len(self._tokenizer))}
         streams = [
-            self._engine.submit(self._request(prompt, adapter, self._plan.new_tokens, logprobs=0))
+            self._engine.submit(self._request(prompt, adapter, self._plan.new_tokens, num_logprobs=0))
             for prompt, adapter in asked
         ]
-        return [[ids[bytes(token.bytes)] for chunk in stream for token in _tokens(chunk)] for stream in streams]
+        return [[ids[_shown(token)] for chunk in stream for token in _tokens(chunk)] for stream in streams]
 
     def _request(
-        self, prompt: list[int], adapter: str | None, new_tokens: int, logprobs: int | None = None
+        self, prompt: list[int], adapter: str | None, new_tokens: int, *, num_logprobs: int | None = None
     ) -> GenerationRequest:
         self._num_asked += 1
         return GenerationRequest(
@@ -122,7 +124,7 @@ class Client:
             max_tokens=new_tokens,
             temperature=0,
             ignore_eos=True,
-            logprobs=logprobs,
+            logprobs=num_logprobs,
             deadline_unix_s=time.time() + 600,
         )
 
@@ -197,6 +199,11 @@ def _completed(chunk: Chunk) -> int:
     return chunk.usage.completion_tokens if chunk.usage else 0
 
 
-def _tokens(chunk: Chunk) -> Sequence[Any]:
+def _tokens(chunk: Chunk) -> Sequence[GeneratedToken]:
     _completed(chunk)
     return chunk.logprobs or ()
+
+
+def _shown(token: GeneratedToken) -> tuple[bytes, str]:
+    """What tells a token from all others: its bytes, or the name of a special one, which has none."""
+    return bytes(token.bytes), "" if token.bytes else token.token

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.processes import peak_rss_bytes
+from benchmarks.serve import loads
 from benchmarks.serve.data import adapter_path, read_prompts
 from benchmarks.serve.plan import SCENARIOS, Plan, Row, pairs
 
@@ -45,7 +46,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     rates, all_seconds = {}, {}
     for name, asked in scenarios.items():
         generate(asked, 8)
-        all_seconds[name] = [seconds(asked) for _ in range(plan.repeats)]
+        all_seconds[name] = loads.timed(lambda asked=asked: seconds(asked), plan)
         rates[name] = len(asked) * plan.new_tokens / median(all_seconds[name])
     return {"dtype": row.dtype, "rates": rates, "seconds": all_seconds, "peak_rss_bytes": peak_rss_bytes()}
 

@@ -19,8 +19,9 @@ class Plan:
     """At most; as many as the time allows."""
     num_prompts: int = 16
     new_tokens: int = 64
-    repeats: int = 2
-    """Timed runs of a scenario in one process; their median counts."""
+    repeats: int = 3
+    """Timed runs of a scenario in one process, of which the median counts; fewer once they took `enough_s` together."""
+    enough_s: float = 6.0
     store_size: int = 1000
     """Adapters of the default kind in the store."""
     zipf_exponent: float = 1.0
@@ -122,6 +123,11 @@ class Row:
     def must_be_exact(self) -> bool:
         """The row that shows that the mathematics is right; other rows may differ from it by rounding."""
         return self.program == "ours" and self.dtype == "float32"
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The scenarios that are timed: of the exact row, which is there to be exact, two say how fast it is."""
+        return tuple(name for name in self.scenarios if not self.must_be_exact or name in ("base", "eight"))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

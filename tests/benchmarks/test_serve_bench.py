@@ -63,6 +63,15 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
     assert found["tokens_per_second"] == 8 / 4.0
 
 
+def test_runs_repeat_until_they_took_long_enough() -> None:
+    """As many as the plan says of short runs; of long ones as many as it takes to have some seconds; always one."""
+    plan = Plan(repeats=3, enough_s=6.0)
+
+    assert loads.timed(lambda: 1.0, plan) == [1.0] * 3
+    assert loads.timed(lambda: 4.0, plan) == [4.0] * 2
+    assert loads.timed(lambda: 60.0, plan) == [60.0]
+
+
 def test_percentiles_are_linear_between_two_values() -> None:
     """The middle of two is their mean; the ends are the least and the greatest; order does not matter."""
     values = [float(n) for n in range(101)]
@@ -107,6 +116,15 @@ def test_a_scenario_is_answered_exactly_once_by_each_title() -> None:
     answered = Counter((row.title, scenario) for row in ROWS for scenario in row.scenarios)
 
     assert set(answered.values()) == {1}
+
+
+def test_only_the_exact_row_leaves_scenarios_untimed() -> None:
+    """Every other row is timed in all that it answers, and every scenario is answered by an exact row."""
+    exact = [row for row in ROWS if row.must_be_exact]
+
+    assert {scenario for row in exact for scenario in row.scenarios} == set(SCENARIOS)
+    assert all(row.timed == row.scenarios for row in ROWS if row not in exact)
+    assert [row.timed for row in exact] == [("base", "eight"), ()]
 
 
 def test_bundled_prompts_are_as_many_as_are_asked(tmp_path: Path) -> None:
