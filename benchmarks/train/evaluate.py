@@ -16,16 +16,16 @@ def evaluate(request: dict[str, Any]) -> dict[str, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    work = Path(request["work"])
+    work, device = Path(request["work"]), request["plan"]["device"]
     samples = read_tokens(work, "valid")[: request["num_valid"]]
-    base = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32).eval().to(device)
     trunk, head = base.model, base.lm_head
 
     @torch.no_grad()
     def loss() -> float:
         total, num_labels = 0.0, 0
         for sample in samples:
-            ids, labels = torch.tensor(sample["input_ids"]), torch.tensor(sample["labels"])
+            ids, labels = (torch.tensor(sample[key], device=device) for key in ("input_ids", "labels"))
             places = (labels != -100).nonzero()[:, 0]
             hidden = trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0, places - 1]
             total += float(torch.nn.functional.cross_entropy(head(hidden), labels[places], reduction="sum"))

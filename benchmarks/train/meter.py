@@ -1,19 +1,34 @@
 """What a measured process finds out about itself: when each optimizer step ended, and how many tokens it saw."""
 
 import time
+from collections.abc import Collection
 from typing import Any
 
-from benchmarks.train.plan import Plan
+from benchmarks.processes import peak_rss_bytes
+from benchmarks.train.plan import Device, Plan
 
 
 class StepClock:
-    """The times at which optimizer steps ended, and the tokens of each micro-batch in the order they were made."""
+    """The times at which optimizer steps ended, and the tokens of each micro-batch in the order they were made.
 
-    def __init__(self) -> None:
+    On a GPU, steps in `waits_at` end once it has done all it was given, the others when their last kernel was started.
+    """
+
+    def __init__(self, *, waits_at: Collection[int] = ()) -> None:
+        self._waits_at = waits_at
         self.ended_s: list[float] = []
         self.batches: list[tuple[int, int]] = []
 
+    @classmethod
+    def of(cls, plan: Plan) -> "StepClock":
+        """One that is exact where timing begins and ends."""
+        return cls(waits_at=(plan.warmup_steps, plan.num_steps) if plan.device == "cuda" else ())
+
     def tick(self) -> None:
+        if len(self.ended_s) + 1 in self._waits_at:
+            import torch
+
+            torch.cuda.synchronize()
         self.ended_s.append(time.perf_counter())
 
     def saw(self, num_tokens: int, num_labels: int) -> None:
@@ -40,3 +55,12 @@ class StepClock:
             "tokens_per_second": num_tokens / seconds,
             "labels_per_second": num_labels / seconds,
         }
+
+
+def peak_bytes(device: Device) -> int:
+    """The most memory this process has had: resident on a CPU; of a GPU, in tensors, whatever the allocator holds."""
+    if device == "cpu":
+        return peak_rss_bytes()
+    import torch
+
+    return torch.cuda.max_memory_allocated()

@@ -6,23 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from shared.config import Settings
+from benchmarks.train.data import count, read_tokens
+from benchmarks.train.meter import StepClock, peak_bytes
+from benchmarks.train.plan import Plan, Row
 from shared.specs import LoraSpec, Order, StepReport, TrainSpec
 from worker.base_model import load_base_model
 from worker.kernels.memory import keep_freed_memory
 from worker.training.engine import TrainingEngine
 from worker.training.job import TrainingJob, TrainingResult
 
-from benchmarks.processes import peak_rss_bytes
-from benchmarks.train.data import count, read_tokens
-from benchmarks.train.meter import StepClock
-from benchmarks.train.plan import Plan, Row
-
 
 def train_row(request: dict[str, Any]) -> dict[str, Any]:
     """Train a row of a section, write its adapter; the figures of the steps after warm-up."""
     plan = Plan(**request["plan"])
-    clock = StepClock()
+    clock = StepClock.of(plan)
     engine = _engine(request)
 
     def on_step(report: StepReport) -> None:
@@ -31,7 +28,7 @@ def train_row(request: dict[str, Any]) -> dict[str, Any]:
 
     spec = _spec(plan, request, steps=plan.num_steps, batch_size=plan.batch_size, r=plan.r, seed=plan.seed)
     result = engine.submit(_job(request, "train", spec, on_step)).result()
-    figures = {**clock.result(plan), "peak_rss_bytes": peak_rss_bytes(), "left_out": []}
+    figures = {**clock.result(plan), "peak_bytes": peak_bytes(plan.device), "left_out": []}
     engine.close()
     _write(result, Path(request["adapter"]))
     samples = read_tokens(Path(request["work"]), "train")[plan.warmup_steps * plan.batch_size :]
@@ -68,15 +65,15 @@ def train_jobs(request: dict[str, Any]) -> dict[str, Any]:
     with ThreadPoolExecutor(len(work) if request["at_once"] else 1) as slots:
         seconds = list(slots.map(train, work))
     engine.close()
-    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    return {"seconds": seconds, "peak_bytes": peak_bytes(plan.device)}
 
 
 def _engine(request: dict[str, Any]) -> TrainingEngine:
     keep_freed_memory()  # as the trainer process does
-    row = Row(**request["row"])
+    plan, row = Plan(**request["plan"]), Row(**request["row"])
     path = Path(request["work"]) / "base"
-    base = load_base_model(path, name="base", digest="0" * 64, device="cpu", dtype=row.dtype)
-    return TrainingEngine(base, max_tokens=Settings.train_tokens)
+    base = load_base_model(path, name="base", digest="0" * 64, device=plan.device, dtype=row.dtype)
+    return TrainingEngine(base, max_tokens=plan.max_tokens)
 
 
 def _spec(plan: Plan, request: dict[str, Any], *, steps: int, batch_size: int, r: int, seed: int) -> TrainSpec:

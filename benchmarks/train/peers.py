@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Unavailable, peak_rss_bytes
+from benchmarks.processes import Unavailable
 from benchmarks.train.data import Tokens, count, read_tokens
-from benchmarks.train.meter import StepClock
+from benchmarks.train.meter import StepClock, peak_bytes
 from benchmarks.train.plan import Plan, Row
 
 
 def train_row(request: dict[str, Any]) -> dict[str, Any]:
     """Train a row of a section, save its adapter; the figures of the steps after warm-up."""
     plan, row = Plan(**request["plan"]), Row(**request["row"])
-    clock = StepClock()
+    clock = StepClock.of(plan)
     samples = read_tokens(Path(request["work"]), "train")
     settings = {"batch_size": plan.batch_size, "steps": plan.num_steps, "r": plan.r, "seed": plan.seed}
     left_out, _ = _train(request, plan, row, samples, clock, **settings)
-    return {**clock.result(plan), "peak_rss_bytes": peak_rss_bytes(), "left_out": left_out}
+    return {**clock.result(plan), "peak_bytes": peak_bytes(plan.device), "left_out": left_out}
 
 
 def train_job(request: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def train_job(request: dict[str, Any]) -> dict[str, Any]:
         "seed": plan.seed + job,
     }
     _, seconds = _train(request, plan, row, samples, StepClock(), **settings)
-    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+    return {"seconds": seconds, "peak_bytes": peak_bytes(plan.device)}
 
 
 def _train(
@@ -75,7 +75,7 @@ def _train(
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "seed": seed,
-        "use_cpu": True,
+        "use_cpu": plan.device == "cpu",
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,

@@ -3,9 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
+from shared.config import Settings
+
 Program = Literal["peft", "trl", "ours"]
 Role = Literal["as written", "tuned", "ours"]
 Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
 Targets = str | list[str]
 
 
@@ -14,6 +17,10 @@ class Plan:
     """The sizes of a run. One optimizer step sees `batch_size` samples; steps before `warmup_steps` are not timed."""
 
     threads: int = 2
+    device: Device = "cpu"
+    """Where everybody trains and the judge judges."""
+    max_tokens: int = Settings.train_tokens
+    """LORAD_TRAIN_TOKENS: what lorad puts into one forward pass at most; peers take the whole batch."""
     rounds: int = 5
     """At most; as many as the time allows."""
     warmup_steps: int = 2
@@ -59,6 +66,11 @@ QUICK: Final[dict[str, int]] = {
     "rounds": 1, "warmup_steps": 1, "timed_steps": 2, "num_valid": 16, "jobs": 4, "job_samples": 8,
 }  # fmt: skip
 """Enough to see that every row works; too little to quote."""
+
+GPU: Final[dict[str, Any]] = {
+    "device": "cuda", "threads": 8, "max_tokens": 8192, "warmup_steps": 40, "timed_steps": 60, "job_samples": 32,
+}  # fmt: skip
+"""A step takes milliseconds there, so that many more are needed to time them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +176,19 @@ class Section:
     rows: tuple[Row, ...]
 
 
-def sections(*, quick: bool = False) -> tuple[Section, ...]:
+NOT_ON_GPU: Final = ("peft-fp32", "peft-single", "peft-single-fp32", "trl-single", "ours-fp32")
+"""One sample at a time avoids padding, which is dear on a CPU; a GPU would stand idle. For the rest it has bfloat16."""
+
+
+def sections(*, quick: bool = False, device: Device = "cpu") -> tuple[Section, ...]:
     """q_proj and v_proj with every row; all linear layers with the rows that matter there."""
     some = ("peft-bf16", "peft-single", "trl-single", "ours-fp32", "ours-bf16")
-    if quick:
+    if device == "cuda":
+        some = ("peft-bf16", "peft-grouped", "ours-bf16")
+    elif quick:
         some = ("peft-single", "ours-bf16")
+    rows = tuple(row for row in ROWS if device == "cpu" or row.name not in NOT_ON_GPU)
     return (
-        Section("q_proj, v_proj", ["q_proj", "v_proj"], ROWS),
+        Section("q_proj, v_proj", ["q_proj", "v_proj"], rows),
         Section("all-linear", "all-linear", tuple(row for row in ROWS if row.name in some)),
     )

@@ -33,7 +33,7 @@ def section_table(result: SectionResult, ours: Row) -> str:
         lines.append(
             f"| {row.title}{without} | {spread([a['tokens_per_second'] for a in good]):.0f} "
             f"| {spread([a['labels_per_second'] for a in good]).median:.0f} "
-            f"| {max(a['peak_rss_bytes'] for a in good) / 1e9:.2f} GB "
+            f"| {max(a['peak_bytes'] for a in good) / 1e9:.2f} GB "
             f"| {'none' if loss is None else f'{loss:.4f}'} "
             f"| {'none' if ratio is None else f'{ratio:.2f}'} |"
         )
@@ -177,7 +177,7 @@ def _claim(what: str, is_reached: bool) -> str:
 
 
 def _peak(result: SectionResult, row: Row) -> int:
-    return max((answer.get("peak_rss_bytes", 0) for answer in result.answers[row.name]), default=0)
+    return max((answer.get("peak_bytes", 0) for answer in result.answers[row.name]), default=0)
 
 
 def _seconds(values: Sequence[float | None]) -> str:

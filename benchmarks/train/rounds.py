@@ -51,7 +51,7 @@ class JobsResult:
     one_by_one_loaded: dict[int, list[float | None]] = field(default_factory=dict)
     peer_serial: dict[int, list[float | None]] = field(default_factory=dict)
     peer_serial_loaded: dict[int, list[float | None]] = field(default_factory=dict)
-    peak_rss_bytes: dict[str, int] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -194,8 +194,8 @@ class Bench(Runner):
         return self.adapters / "jobs" / f"{program}-{number}"
 
     def _note(self, result: JobsResult, program: str, answer: dict[str, Any]) -> None:
-        if "peak_rss_bytes" in answer:
-            result.peak_rss_bytes[program] = max(result.peak_rss_bytes.get(program, 0), answer["peak_rss_bytes"])
+        if "peak_bytes" in answer:
+            result.peak_bytes[program] = max(result.peak_bytes.get(program, 0), answer["peak_bytes"])
         else:
             result.failures.append(f"{program}: {answer.get('failed') or answer.get('unavailable')}")
 
@@ -216,7 +216,7 @@ def _sum(values: list[float | None]) -> float | None:
 def _in_short(answer: dict[str, Any]) -> str:
     if "tokens_per_second" not in answer:
         return _makespan(answer)
-    memory, rate = answer["peak_rss_bytes"] / 1e9, answer["tokens_per_second"]
+    memory, rate = answer["peak_bytes"] / 1e9, answer["tokens_per_second"]
     left_out = f", without {', '.join(answer['left_out'])}: not in this version" if answer["left_out"] else ""
     return f"{rate:.0f} tokens/s, {memory:.2f} GB, {answer['wall_s']:.0f} s in all{left_out}"
 

@@ -115,5 +115,16 @@ def test_results_replace_what_stands_between_the_markers() -> None:
 def test_values_survive_the_way_to_a_child() -> None:
     """A plan and every row are the same after JSON."""
     assert Plan(**Plan(rounds=9).to_json()) == Plan(rounds=9)
-    for section in sections():
+    for section in (*sections(), *sections(device="cuda")):
         assert [Row(**row.to_json()) for row in section.rows] == list(section.rows)
+
+
+def test_a_gpu_is_waited_for_where_timing_begins_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in between end when their last kernel was started: waiting for each would slow every program down."""
+    waits: list[int] = []
+    clock = StepClock.of(Plan(device="cuda", warmup_steps=2, timed_steps=3))
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: waits.append(len(clock.ended_s)))
+    for _ in range(5):
+        clock.tick()
+
+    assert waits == [1, 4]

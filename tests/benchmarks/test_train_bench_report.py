@@ -21,7 +21,7 @@ def answer(rate: float) -> dict[str, Any]:
         "steps": 4,
         "tokens_per_second": rate,
         "labels_per_second": rate / 2,
-        "peak_rss_bytes": int(2e9),
+        "peak_bytes": int(2e9),
         "left_out": [],
     }
 
