@@ -13,8 +13,11 @@ from shared.specs import AdapterShare
 from worker.attention import cached_rows
 from worker.base_model import BaseModel
 from worker.inference.cache import PlaneProbe, SlotCache
+from worker.kernels.packed_linear import Product, can_pack, packed_product
 from worker.kernels.row_attention import Chunk, RowAttention
 from worker.lora.bank import AdapterBank
+from worker.lora.sites import plain_product
+from worker.lora.targets import linear_modules
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,12 @@ class RowForward:
             positions = torch.arange(2, device=self._device)[None]
             self._model(input_ids=ids, position_ids=positions, cache=probe, use_cache=True)
 
-        self.bank = AdapterBank(base.model, look)
+        head = self._model.get_output_embeddings()
+        packs = can_pack([head.weight, *(layer.weight for layer in linear_modules(base.model).values())])
+        self.bank = AdapterBank(base.model, look, product=packed_product if packs else plain_product)
+        self._head = head if packs else None
+        if packs:
+            vars(head)["forward"] = _whole(packed_product(head.weight, head.bias), len(head.weight))
         self.cache = SlotCache(
             probe.planes,
             max_rows=max_rows,
@@ -60,6 +68,8 @@ class RowForward:
 
     def close(self) -> None:
         self.bank.close()
+        if self._head is not None:
+            vars(self._head).pop("forward", None)
 
     @torch.inference_mode()
     def add_row(self, num_positions: int) -> int | None:
@@ -78,7 +88,7 @@ class RowForward:
         Pieces of one token form a batch of the rows; longer ones are read one after the other.
         """
         lengths = self.cache.lengths
-        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].token_ids) > 1, pieces[i].row))
+        order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].token_ids), pieces[i].row))
         chunks = [Chunk(pieces[i].row, lengths[pieces[i].row], len(pieces[i].token_ids)) for i in order]
         num_single = sum(chunk.num_tokens == 1 for chunk in chunks)
         ids = [token for i in order for token in pieces[i].token_ids]
@@ -91,10 +101,7 @@ class RowForward:
         wanted = [end_of[i] for i, piece in enumerate(pieces) if piece.wants_next]
         self.cache.begin([(chunk.slot, chunk.start, chunk.num_tokens) for chunk in chunks])
         rows = RowAttention(chunks[:num_single], chunks[num_single:], self._device)
-        route = self.bank.routed(
-            [pieces[i].shares for i in order[:num_single]],
-            [(len(pieces[i].token_ids), pieces[i].shares) for i in order[num_single:]],
-        )
+        route = self.bank.routed([(len(pieces[i].token_ids), pieces[i].shares) for i in order])
         with route, cached_rows(rows):
             output = self._model(
                 input_ids=torch.tensor([ids], device=self._device),
@@ -106,3 +113,8 @@ class RowForward:
         self.cache.commit()
         logits: Tensor = output.logits[0]
         return logits
+
+
+def _whole(product: Product, head_size: int) -> Product:
+    """The same for an input of any leading shape."""
+    return lambda x: product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], head_size)

@@ -9,8 +9,8 @@ from worker.inference.forward import Piece
 STALL_S: Final = 0.05
 """How long reading prompts may hold up the next token of the others, in a step."""
 FEWEST_TOKENS: Final = 32
-MOST_TOKENS: Final = 2048
-"""Of prompts, in one step: fewer would cost more to start than to compute, more would only take memory."""
+MOST_TOKENS: Final = 512
+"""Of prompts, in one step: fewer would cost more to start than to compute, more leave the caches."""
 
 
 class Row:

@@ -6,6 +6,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise, takewhile
 from typing import Final
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from shared.errors import IncompatibleAdapter, StateConflict
 from shared.specs import AdapterShare
 from worker.lora.fit import Places, check_fits
-from worker.lora.sites import Site, find_sites
+from worker.lora.sites import MakeProduct, Site, find_sites, plain_product
 from worker.lora.spec import LoadedAdapter
 from worker.lora.stack import Part, Stack
 from worker.lora.targets import linear_modules
@@ -22,7 +24,13 @@ from worker.lora.targets import linear_modules
 MOST_COLUMNS: Final = 512
 """Ranks of the adapters in one joint product, summed. Beyond, computing what other rows' adapters would do costs more
 than a product for each adapter by itself."""
+SHORT: Final = 128
+"""Tokens of a run that may share the joint products; longer ones have their own."""
+SHORT_COLUMNS: Final = 8192
+"""Tokens of a run times columns of the stacks up to which joint products are faster than a pair of its own."""
 Shares = tuple[AdapterShare, ...]
+Run = tuple[int, Shares]
+"""Tokens that follow each other, and the adapters that they go through."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +98,24 @@ class AdapterBank:
 
     Semantics, for a token routed to shares (a, w):  y = x W^T + b + sum of w s_a (x A_a^T) B_a^T
     Tokens of the bare base, and layers an adapter does not have, get exactly what the base layer gives, whatever else
-    is in the step. Tokens that decode share one pair of products: all their adapters' A side by side, the result zeroed
-    where a column is not the token's own, all their B. Longer runs of tokens have a pair of products for each adapter.
+    is in the step. Tokens that decode and short prompts share one pair of products: all their adapters' A side by side,
+    the result zeroed where a column is not the token's own, all their B. Longer runs have a pair for each adapter.
     A and B are in the model's dtype. Attaching, detaching and routing cost the same however many are attached.
 
-    `probe` runs one forward of the model; sites are found by what it calls. One bank per model, all but `pack` for the
-    thread that owns the model. `close` gives the model back as it was.
+    `probe` runs one forward of the model; sites are found by what it calls, and computed by `product`. One bank per
+    model, all but `pack` for the thread that owns the model. `close` gives the model back as it was.
     """
 
-    def __init__(self, model: nn.Module, probe: Callable[[], object]) -> None:
+    def __init__(self, model: nn.Module, probe: Callable[[], object], *, product: MakeProduct = plain_product) -> None:
         self._model = model
         self._layers = linear_modules(model)
         self._places = Places.of(model)
         first = next(iter(self._layers.values())).weight
         self._dtype, self._device = first.dtype, first.device
-        self.sites = find_sites(model, probe, self._add_updates)
+        self.sites = find_sites(model, probe, product)
         self._kinds: list[Kind] = []
         self._where: dict[str, tuple[int, int, int]] = {}
         """Path -> number of its kind, of its layer in it, of the member in the site."""
-        self._kind_of: dict[Site, tuple[int, int]] = {}
         by_shape: dict[object, int] = {}
         for site in self.sites:
             shape = (tuple(_leaf(path) for path in site.paths), site.sizes, site.in_features)
@@ -118,13 +125,13 @@ class AdapterBank:
             number = by_shape[shape]
             layer = len(self._kinds[number].sites)
             self._kinds[number].sites.append(site)
-            self._kind_of[site] = (number, layer)
+            site.add_updates = partial(self._add_updates, self._kinds[number], number, layer)
             self._where |= {path: (number, layer, member) for member, path in enumerate(site.paths)}
             site.install()
         self._attached: dict[str, PackedAdapter] = {}
         self._columns = _Columns()
         self._route: _Route | None = None
-        self._last: tuple[object, _Route] | None = None
+        self._last: tuple[object, _Route | None] | None = None
 
     def pack(self, adapter: LoadedAdapter, *, name: str) -> PackedAdapter:
         """`adapter` in this bank's layout and dtype, s folded into B; any thread may. Raises IncompatibleAdapter."""
@@ -182,70 +189,51 @@ class AdapterBank:
         self._drop_stacks()
 
     @contextmanager
-    def routed(self, decode: Sequence[Shares], prefill: Sequence[tuple[int, Shares]]) -> Iterator[None]:
-        """Inside, a forward's stream is one token for each of `decode`, then (number of tokens, shares) runs."""
+    def routed(self, runs: Sequence[Run]) -> Iterator[None]:
+        """Inside, a forward's stream is these runs of tokens. Those of a token each come first, long ones last."""
         assert self._route is None, "a step is being routed already"
-        self._route = self._routed(decode, prefill)
+        self._route = self._routed(runs)
         try:
             yield
         finally:
             self._route = None
 
-    def _routed(self, decode: Sequence[Shares], prefill: Sequence[tuple[int, Shares]]) -> _Route | None:
-        runs: list[_Span] = []
-        start = len(decode)
-        for num_tokens, shares in prefill:
-            if shares:
-                runs.append(_Span(slice(start, start + num_tokens), self._packed(shares)))
-            start += num_tokens
-        decoding = self._decoding(decode)
-        if decoding is None and not runs:
-            return None
-        if decoding is None:
-            return _Route(start, spans=tuple(runs))
-        return _Route(start, decoding.num_stacked, decoding.hidden_B1R, decoding.weights_B1R,
-                      (*decoding.spans, *runs))  # fmt: skip
+    def _routed(self, runs: Sequence[Run]) -> _Route | None:
+        """The route of these runs; kept for the next step, which is the same as long as the same rows decode."""
+        key = tuple((num_tokens, _key(shares)) for num_tokens, shares in runs)
+        if self._last is None or self._last[0] != key:
+            self._last = (key, self._made_route(runs))
+        return self._last[1]
 
-    def _decoding(self, decode: Sequence[Shares]) -> _Route | None:
-        """The part of the route that stays as it is from step to step, as long as the same rows decode."""
-        key = tuple(tuple((share.version_id, share.weight) for share in shares) for shares in decode)
-        if not any(key):
+    def _made_route(self, runs: Sequence[Run]) -> _Route | None:
+        num_tokens = sum(length for length, _ in runs)
+        different = {_key(shares) for _, shares in runs}
+        if different == {()}:
             return None
-        if self._last is not None and self._last[0] == key:
-            return self._last[1]
-        if len(set(key)) == 1:
-            route = _Route(len(decode), spans=(_Span(slice(0, len(decode)), self._packed(decode[0])),))
-        else:
-            route = self._stacked(decode)
-        self._last = (key, route)
-        return route
-
-    def _stacked(self, decode: Sequence[Shares]) -> _Route:
-        wanted: dict[str, int] = {}
-        for shares in decode:
-            for share in shares:
-                wanted.setdefault(share.version_id, self._attached[share.version_id].rank)
+        if len(different) == 1:
+            return _Route(num_tokens, spans=(_Span(slice(0, num_tokens), self._packed(runs[0][1])),))
+        stacked = list(takewhile(lambda run: run[0] <= SHORT, runs))
+        wanted = {share.version_id: self._attached[share.version_id].rank for _, shares in stacked for share in shares}
         seated = self._seat(wanted)
-        weights_BR = torch.zeros(len(decode), self._columns.capacity)
-        alone: dict[tuple[tuple[str, float], ...], list[int]] = {}
-        for row, shares in enumerate(decode):
-            if all(share.version_id in seated for share in shares):
+        most = SHORT_COLUMNS // max(1, self._columns.capacity)
+        stacked = list(takewhile(lambda run: run[0] == 1 or run[0] <= most, stacked)) if seated else []
+        is_plain = True
+        weights_SR = torch.zeros(len(stacked), self._columns.capacity)
+        alone: dict[object, list[tuple[int, int, Shares]]] = {}
+        start = 0
+        for number, (length, shares) in enumerate(runs):
+            if number < len(stacked) and all(share.version_id in seated for share in shares):
                 for share in shares:
-                    weights_BR[row, self._columns.of[share.version_id]] = share.weight
-            else:
-                alone.setdefault(tuple((share.version_id, share.weight) for share in shares), []).append(row)
-        spans = tuple(
-            _Span(torch.tensor(rows, device=self._device), self._packed(decode[rows[0]])) for rows in alone.values()
-        )
-        is_plain = all(share.weight == 1.0 for shares in decode for share in shares)
-        weights_B1R = weights_BR[:, None, :]
-        return _Route(
-            len(decode),
-            len(decode) if seated else 0,
-            (weights_B1R == 0).to(self._device),
-            None if is_plain else weights_B1R.to(self._device, self._dtype),
-            spans,
-        )
+                    weights_SR[number, self._columns.of[share.version_id]] = share.weight
+                    is_plain = is_plain and share.weight == 1.0
+            elif shares:
+                alone.setdefault(_key(shares), []).append((start, start + length, shares))
+            start += length
+        spans = tuple(_Span(_span_places(own, self._device), self._packed(own[0][2])) for own in alone.values())
+        weights_T1R = weights_SR.repeat_interleave(torch.tensor([length for length, _ in stacked], dtype=torch.long), 0)
+        weights_T1R = weights_T1R[:, None]
+        return _Route(num_tokens, len(weights_T1R), (weights_T1R == 0).to(self._device),
+                      None if is_plain else weights_T1R.to(self._device, self._dtype), spans)  # fmt: skip
 
     def _packed(self, shares: Shares) -> tuple[tuple[PackedAdapter, float], ...]:
         return tuple((self._attached[share.version_id], share.weight) for share in shares)
@@ -275,7 +263,7 @@ class AdapterBank:
             if sum(seated.values()) + rank <= MOST_COLUMNS:
                 seated[name] = rank
         self._drop_stacks()
-        self._columns.capacity = min(MOST_COLUMNS, -(-sum(seated.values()) * 5 // 4 // 32) * 32)
+        self._columns.capacity = min(MOST_COLUMNS, -(-sum(seated.values()) // 16) * 16)
         start = 0
         for name, rank in seated.items():
             self._place(name, slice(start, start + rank))
@@ -296,7 +284,7 @@ class AdapterBank:
         """A stack for the members of a kind that `part` brings too, with what the old one held."""
         members = sorted({*part.members, *(kind.stack.members if kind.stack is not None else ())})
         stack = Stack(
-            members, [kind.member_sizes[member] for member in members], num_layers=len(kind.sites),
+            members, kind.member_sizes, num_layers=len(kind.sites),
             in_features=kind.sites[0].in_features, num_columns=self._columns.capacity, dtype=self._dtype,
             device=self._device,
         )  # fmt: skip
@@ -310,23 +298,37 @@ class AdapterBank:
         for kind in self._kinds:
             kind.stack = None
 
-    def _add_updates(self, site: Site, x_TI: Tensor, y_TO: Tensor) -> None:
+    def _add_updates(self, kind: Kind, number: int, layer: int, x_TI: Tensor, y_TO: Tensor) -> None:
+        """What this step's adapters do at one site. Called for every layer of every step: every line counts."""
         route = self._route
         if route is None:
             return
-        if len(x_TI) != route.num_tokens:
-            raise ValueError(f"routed {route.num_tokens} tokens, but the input of {site.paths[0]} has {len(x_TI)}")
-        number, layer = self._kind_of[site]
-        kind = self._kinds[number]
-        if route.num_stacked and kind.stack is not None:
+        num_tokens, num_stacked = x_TI.shape[0], route.num_stacked
+        if num_tokens != route.num_tokens:
+            paths = " and ".join(kind.sites[layer].paths)
+            raise ValueError(f"routed {route.num_tokens} tokens, but the input of {paths} has {num_tokens}")
+        if num_stacked and kind.stack is not None:
             assert route.hidden_B1R is not None
-            kind.stack.add(layer, x_TI[: route.num_stacked], y_TO[: route.num_stacked], kind.member_sizes,
-                           hidden_B1R=route.hidden_B1R, weights_B1R=route.weights_B1R)  # fmt: skip
+            if num_stacked == num_tokens:
+                kind.stack.add(layer, x_TI, y_TO, route.hidden_B1R, route.weights_B1R)
+            else:
+                kind.stack.add(layer, x_TI[:num_stacked], y_TO[:num_stacked], route.hidden_B1R, route.weights_B1R)
         for span in route.spans:
             for packed, weight in span.adapters:
                 part = packed.parts.get(number)
                 if part is not None:
                     part.add(layer, x_TI, y_TO, kind.member_sizes, places=span.places, weight=weight)
+
+
+def _key(shares: Shares) -> tuple[tuple[str, float], ...]:
+    return tuple((share.version_id, share.weight) for share in shares)
+
+
+def _span_places(own: Sequence[tuple[int, int, Shares]], device: torch.device) -> slice | Tensor:
+    """Where runs (start, stop) lie: a slice if they follow each other."""
+    if all(before[1] == after[0] for before, after in pairwise(own)):
+        return slice(own[0][0], own[-1][1])
+    return torch.cat([torch.arange(start, stop) for start, stop, _ in own]).to(device)
 
 
 def _leaf(path: str) -> str:

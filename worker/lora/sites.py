@@ -13,8 +13,16 @@ from torch.nn import functional
 from worker.lora.targets import linear_modules
 from worker.lora.update import Linear, weight_OI
 
-AddUpdates = Callable[["Site", Tensor, Tensor], None]
-"""(site, x (T, I), y (T, O)): adds to y, in place, what this step's adapters do there."""
+AddUpdates = Callable[[Tensor, Tensor], None]
+"""(x (T, I), y (T, O)): adds to y, in place, what this step's adapters do at a site."""
+Product = Callable[[Tensor], Tensor]
+"""x (T, I) -> x W^T + b (T, O)."""
+MakeProduct = Callable[[Tensor, Tensor | None], Product]
+"""From W (O, I) and b (O,)."""
+
+
+def plain_product(weight_OI: Tensor, bias_O: Tensor | None) -> Product:
+    return lambda x_TI: functional.linear(x_TI, weight_OI, bias_O)
 
 
 class Site:
@@ -26,19 +34,15 @@ class Site:
     calls them in another way is slower, not wrong.
     """
 
-    def __init__(self, paths: Sequence[str], layers: Sequence[Linear], add_updates: AddUpdates) -> None:
+    def __init__(self, paths: Sequence[str], layers: Sequence[Linear], product: MakeProduct) -> None:
         self.paths = tuple(paths)
         self.layers = tuple(layers)
         self.sizes = tuple(weight_OI(layer).shape[0] for layer in layers)
         self.in_features = weight_OI(layers[0]).shape[1]
-        self._add_updates = add_updates
+        self.add_updates: AddUpdates | None = None
         self._seen: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
-        self._weight_OI, self._bias = _joint(self.layers, self.sizes)
-
-    @property
-    def weight(self) -> Tensor:
-        return self._weight_OI
+        self._product = product(*_joint(self.layers, self.sizes))
 
     def install(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -62,12 +66,13 @@ class Site:
 
     def _whole(self, x: Tensor) -> Tensor:
         x_TI = x.reshape(-1, self.in_features)
-        y_TO = functional.linear(x_TI, self._weight_OI, self._bias)
-        self._add_updates(self, x_TI, y_TO)
+        y_TO = self._product(x_TI)
+        if self.add_updates is not None:
+            self.add_updates(x_TI, y_TO)
         return y_TO.view(*x.shape[:-1], -1)
 
 
-def find_sites(model: nn.Module, probe: Callable[[], object], add_updates: AddUpdates) -> list[Site]:
+def find_sites(model: nn.Module, probe: Callable[[], object], product: MakeProduct) -> list[Site]:
     """The sites of all linear layers but the output head, in the order in which `probe`, one forward, calls them.
 
     Layers form one site if they lie in the same module and are called one after the other with the very same input.
@@ -95,7 +100,7 @@ def find_sites(model: nn.Module, probe: Callable[[], object], add_updates: AddUp
         groups.append([path]) if not joins else groups[-1].append(path)
         before = x
     groups += [[path] for path in layers if not any(path in group for group in groups)]
-    return [Site(group, [layers[path] for path in group], add_updates) for group in groups]
+    return [Site(group, [layers[path] for path in group], product) for group in groups]
 
 
 _FUSED: Final = nn.Linear

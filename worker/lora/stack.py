@@ -6,10 +6,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import cast
+from typing import Final
 
 import torch
 from torch import Tensor
+
+MOST_ON_DIAGONAL: Final = 160
 
 
 @dataclass(frozen=True)
@@ -70,20 +72,40 @@ class Part:
 
 
 class Stack:
-    """Columns for many adapters at all N layers of one kind of site: A (N, M, R, I) and s B^T (N, R, O) a member."""
+    """Columns for many adapters at all N layers of one kind of site: A (N, M, R, I) and s B^T of each member.
 
-    def __init__(self, members: Sequence[int], out_features: Sequence[int], *, num_layers: int, in_features: int,
+    B is kept as one matrix (N, M R, O of the whole site) with the members' blocks on its diagonal as long as that is
+    small: one product more costs more than the zeros. Else there is one (N, R, O) for each member.
+    """
+
+    def __init__(self, members: Sequence[int], sizes: Sequence[int], *, num_layers: int, in_features: int,
                  num_columns: int, dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
+        """`sizes`: the out features of every member of the site, of which `members` have updates."""
         self.members = tuple(members)
-        self._a = torch.zeros(num_layers, len(members), num_columns, in_features, dtype=dtype, device=device)
-        self._b = [torch.zeros(num_layers, num_columns, size, dtype=dtype, device=device) for size in out_features]
-        self._a_layers = [cast(Tensor, a.flatten(0, 1).t()) for a in self._a]
-        self._b_layers = [list(b) for b in self._b]
         self._num_columns = num_columns
-
-    @property
-    def size_bytes(self) -> int:
-        return self._a.nbytes + sum(b.nbytes for b in self._b)
+        shape = (len(members), num_columns)
+        self._a = torch.zeros(num_layers, *shape, in_features, dtype=dtype, device=device)
+        self._a_layers = [a.flatten(0, 1).t() for a in self._a]
+        columns = {member: _columns(member, sizes) for member in members}
+        self._is_joint = len(members) > 1 and len(members) * num_columns <= MOST_ON_DIAGONAL
+        if self._is_joint:
+            whole = torch.zeros(num_layers, *shape, sum(sizes), dtype=dtype, device=device)
+            self._b = {member: whole[:, i, :, columns[member]] for i, member in enumerate(members)}
+            self._products = [[(slice(None), slice(None), b.flatten(0, 1))] for b in whole]
+            self.size_bytes = self._a.nbytes + whole.nbytes
+        else:
+            self._b = {
+                member: torch.zeros(num_layers, num_columns, sizes[member], dtype=dtype, device=device)
+                for member in members
+            }
+            self._products = [
+                [
+                    (slice(i * num_columns, (i + 1) * num_columns), columns[member], self._b[member][layer])
+                    for i, member in enumerate(members)
+                ]
+                for layer in range(num_layers)
+            ]
+            self.size_bytes = self._a.nbytes + sum(b.nbytes for b in self._b.values())
 
     def put(self, columns: slice, part: Part | None) -> None:
         """Write an adapter into columns, as wide as its widest part; None if it does nothing here."""
@@ -93,22 +115,24 @@ class Stack:
         own = slice(columns.start, columns.start + part.rank)
         a = part.a_NMI.view(len(part.a_NMI), len(part.members), part.rank, -1)
         for i, member in enumerate(part.members):
-            at = self.members.index(member)
-            self._a[:, at, own] = a[:, i]
-            self._b[at][:, own] = part.b_NrO[i]
+            self._a[:, self.members.index(member), own] = a[:, i]
+            self._b[member][:, own] = part.b_NrO[i]
 
-    def add(self, layer: int, x_BI: Tensor, y_BO: Tensor, sizes: Sequence[int], *, hidden_B1R: Tensor,
-            weights_B1R: Tensor | None) -> None:  # fmt: skip
-        """y += weights * (x A^T) B^T with what is hidden set to zero, for each member on its part of y, in place.
+    def add(self, layer: int, x_BI: Tensor, y_BO: Tensor, hidden_B1R: Tensor, weights_B1R: Tensor | None) -> None:
+        """y += weights * (x A^T) B^T with what is hidden set to zero, in place.
 
         Zeroed, not multiplied by zero: an adapter whose x A^T overflows must not reach another row as NaN.
         """
-        low_BMR = (x_BI @ self._a_layers[layer]).view(len(x_BI), len(self.members), self._num_columns)
-        low_BMR.masked_fill_(hidden_B1R, 0)
+        low_BMR = torch.mm(x_BI, self._a_layers[layer])
+        each_BMR = low_BMR.view(x_BI.shape[0], -1, self._num_columns)
+        each_BMR.masked_fill_(hidden_B1R, 0)
         if weights_B1R is not None:
-            low_BMR *= weights_B1R
-        for i, member in enumerate(self.members):
-            y_BO[:, _columns(member, sizes)].addmm_(low_BMR[:, i], self._b_layers[i][layer])
+            each_BMR *= weights_B1R
+        if self._is_joint:
+            y_BO.add_(torch.mm(low_BMR, self._products[layer][0][2]))
+            return
+        for columns, out, b in self._products[layer]:
+            y_BO[:, out].add_(torch.mm(low_BMR[:, columns], b))
 
 
 def _columns(member: int, sizes: Sequence[int]) -> slice:

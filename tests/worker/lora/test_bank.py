@@ -67,7 +67,7 @@ def check(model: Any, bank: AdapterBank, adapters: dict[str, LoadedAdapter], dec
     draws = torch.Generator().manual_seed(len(token_shares))
     for path, layer in linear_modules(model).items():
         x_TI = torch.randn(len(token_shares), weight_OI(layer).shape[1], generator=draws)
-        with bank.routed(decode, prefill):
+        with bank.routed([*((1, own) for own in decode), *prefill]):
             y_1TO = layer(x_TI[None])
         torch.testing.assert_close(y_1TO[0], expected(path, layer, x_TI, token_shares, adapters), **CLOSE)
 
@@ -111,9 +111,9 @@ def test_the_adapters_change_the_output(model: Any, bank: AdapterBank) -> None:
     """The opposite: outside a routed step, and for other adapters, the same input gives other outputs."""
     layer = linear_modules(model)[next(path for path in linear_modules(model) if "v_proj" in path or "c_attn" in path)]
     x = torch.randn(1, 2, weight_OI(layer).shape[1])
-    with bank.routed([shares("a"), shares("c")], []):
+    with bank.routed([(1, shares("a")), (1, shares("c"))]):
         routed = layer(x)
-    with bank.routed([shares("c"), shares("a")], []):
+    with bank.routed([(1, shares("c")), (1, shares("a"))]):
         other = layer(x)
 
     assert not torch.allclose(routed, layer(x), atol=0.01)
@@ -125,7 +125,7 @@ def test_a_base_token_is_the_base_bit_for_bit(model: Any, bank: AdapterBank) -> 
     for layer in linear_modules(model).values():
         x_1TI = torch.randn(1, 7, weight_OI(layer).shape[1])
         bare = layer(x_1TI)
-        with bank.routed([shares("a"), (), shares("c"), ()], [(2, shares("d")), (1, ())]):
+        with bank.routed([(1, shares("a")), (1, ()), (1, shares("c")), (1, ()), (2, shares("d")), (1, ())]):
             y = layer(x_1TI)
 
         assert torch.equal(y[0, [1, 3, 6]], bare[0, [1, 3, 6]])
@@ -177,7 +177,7 @@ def test_an_overflow_stays_in_its_row(model: Any, bank: AdapterBank, adapters: d
     bank.attach("wild", bank.pack(wild, name="wild"))
     for path, layer in linear_modules(model).items():
         x_TI = torch.randn(3, weight_OI(layer).shape[1]) * 100
-        with bank.routed([shares("a"), shares("wild"), ()], []):
+        with bank.routed([(1, shares("a")), (1, shares("wild")), (1, ())]):
             y = layer(x_TI[None])[0]
 
         assert not y[1].isfinite().all()
@@ -233,7 +233,7 @@ def test_detaching_gives_the_memory_back(model: Any, adapters: dict[str, LoadedA
 def test_a_wrong_number_of_tokens_is_refused(model: Any, bank: AdapterBank) -> None:
     """Rather than rows going through the wrong adapter."""
     layer = next(iter(linear_modules(model).values()))
-    with bank.routed([shares("a"), ()], []), pytest.raises(ValueError, match="routed 2 tokens"):
+    with bank.routed([(1, shares("a")), (1, ())]), pytest.raises(ValueError, match="routed 2 tokens"):
         layer(torch.randn(1, 3, weight_OI(layer).shape[1]))
 
 
