@@ -13,7 +13,16 @@ import torch
 
 from shared.errors import AdapterCorrupt, IncompatibleAdapter, NotFound
 from shared.specs import AdapterShare
-from tests.worker.inference.conftest import WAIT_S, AdapterShelf, StartEngine, answer, ask, read, reference
+from tests.worker.inference.conftest import (
+    WAIT_S,
+    AdapterShelf,
+    CloseGate,
+    StartEngine,
+    answer,
+    ask,
+    read,
+    reference,
+)
 from worker.base_model import BaseModel
 from worker.inference.adapters import READ_AHEAD, Readiness, ResidentAdapters, Shares
 from worker.lora.bank import AdapterBank
@@ -141,6 +150,39 @@ def test_a_slow_load_holds_up_nobody_else(base: BaseModel, shelf: AdapterShelf, 
     may_go.set()
 
     assert others | {slow: read(waits).text} == expected
+
+
+def test_a_request_that_lacks_only_room_is_not_overtaken(
+    base: BaseModel, shelf: AdapterShelf, start: StartEngine, close_gate: CloseGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for the adapter in use wait behind one that needs its place, or that one might wait forever."""
+    used, wanted = shelf.make("used", r=2), shelf.make("wanted", r=2)
+    engine, gate = start(adapter_cache_bytes=size_bytes(base, shelf, used)), close_gate()
+    answers = [engine.submit(ask("first", used, max_tokens=100))]
+    gate.wait_for_forward()
+    lacks_room, acquire = threading.Event(), ResidentAdapters.acquire
+
+    def noted(adapters: ResidentAdapters, needed: Shares) -> Readiness:
+        readiness = acquire(adapters, needed)
+        if readiness is Readiness.NO_ROOM:
+            lacks_room.set()
+        return readiness
+
+    monkeypatch.setattr(ResidentAdapters, "acquire", noted)
+    answers.append(engine.submit(ask("wants room", wanted)))
+    for _ in range(90):
+        gate.let_pass()
+        gate.wait_for_forward()
+        if lacks_room.wait(0.05):
+            break
+    answers.append(engine.submit(ask("behind them", used)))
+    gate.open()
+    for stream in answers:
+        read(stream)
+
+    prompts_read = [num_tokens for _, num_tokens in gate.steps if num_tokens >= len("wants room")]
+    assert lacks_room.is_set()
+    assert prompts_read == [len("wants room"), len("behind them")]
 
 
 def test_reads_for_cancelled_requests_do_not_keep_others_from_being_read(
