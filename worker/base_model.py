@@ -93,7 +93,6 @@ def load_base_model(
     digest: str,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
-    for_training: bool = False,
 ) -> BaseModel:
     """The model in a safetensors `directory`, in eval mode, frozen, its own dropout 0 even in train mode.
 
@@ -105,7 +104,7 @@ def load_base_model(
         if getattr(config, field, None) is not None:
             setattr(config, field, 0.0)
     on = choose_device(device)
-    as_dtype = choose_dtype(on, dtype, for_training=for_training)
+    as_dtype = choose_dtype(on, dtype)
     tokenizer, eos_token_ids = load_tokenizer(directory, config)
     with loading(directory):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -190,20 +189,17 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if has_gpu and wanted != "cpu" else "cpu")
 
 
-def choose_dtype(
-    device: torch.device, wanted: Literal["auto", "float32", "bfloat16"], *, for_training: bool = False
-) -> torch.dtype:
-    """`wanted`, or for "auto" bfloat16 on a GPU that computes in it and float32 elsewhere.
+def choose_dtype(device: torch.device, wanted: Literal["auto", "float32", "bfloat16"]) -> torch.dtype:
+    """`wanted`, or for "auto" bfloat16 on a GPU that computes in it and on a CPU that is fast in it; else float32.
 
-    Training also takes bfloat16 on a CPU that multiplies in it at least 1.5 times as fast as in float32, so a job may
-    give slightly different adapters on different processors. Never what the checkpoint happens to be stored in, which
-    is Transformers' default.
+    Fast is at least 1.5 times as fast as in float32, so that adapters and answers may differ slightly from processor to
+    processor. Never what the checkpoint happens to be stored in, which is Transformers' default.
     """
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if for_training and bfloat16_speedup() >= 1.5 else torch.float32
+    return torch.bfloat16 if bfloat16_speedup() >= 1.5 else torch.float32
 
 
 @cache

@@ -22,6 +22,7 @@ from worker.base_model import load_base_model
 from worker.celery_program import exit_with_one_line, run_worker
 from worker.desk import Desk
 from worker.inference.engine import InferenceEngine
+from worker.kernels.memory import keep_freed_memory
 from worker.lora.format import StoredAdapter
 from worker.watchdog import give_up, watch
 
@@ -97,6 +98,7 @@ def end_if_stuck(desk: Desk, *, hung_s: float) -> None:
 def main() -> None:
     """Run a generator until SIGTERM or SIGINT."""
     settings = Settings.from_env()
+    keep_freed_memory()
     app = celery_app(settings.resolved_broker_url)
     models = Models(settings)
     seats = settings.generate_slots + settings.generate_waiting

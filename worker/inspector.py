@@ -143,7 +143,7 @@ class Inspector:
             memory_bytes=memory.training_bytes(
                 base.sizes,
                 adapter,
-                dtype=choose_dtype(choose_device(settings.device), settings.dtype, for_training=True),
+                dtype=choose_dtype(choose_device(settings.device), settings.dtype),
                 longest=train.report.longest,
                 batch_size=min(spec.batch_size, len(train)),
                 max_tokens=settings.train_tokens,

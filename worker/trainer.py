@@ -128,7 +128,6 @@ class _Bench:
             digest=row.digest,
             device=self._settings.device,
             dtype=self._settings.dtype,
-            for_training=True,
         )
         log.info("loaded %s (%s on %s)", row.name, base.dtype, base.device)
         return TrainingEngine(base, max_tokens=self._settings.train_tokens, on_broken=_give_up_device)
