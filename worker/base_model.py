@@ -19,6 +19,7 @@ from transformers import logging as transformers_logging
 
 from shared.errors import InvalidRequest, SettingsError, UnsupportedArchitecture
 from worker import attention
+from worker.kernels.threads import one_core
 from worker.lora import targets
 
 SUPPORTED: Final = MappingProxyType(
@@ -98,7 +99,20 @@ def load_base_model(
 
     Reads local files only and runs no code from them. Raises UnsupportedArchitecture, or InvalidRequest where the files
     do not make a whole model with a tokenizer that fits it. `digest` is taken on trust: the importer computed it.
+    Takes one core, so that another thread can own the model and use all (see `one_core`).
     """
+    with one_core():
+        return _loaded(directory, name=name, digest=digest, device=device, dtype=dtype)
+
+
+def _loaded(
+    directory: Path,
+    *,
+    name: str,
+    digest: str,
+    device: Literal["auto", "cpu", "cuda"],
+    dtype: Literal["auto", "float32", "bfloat16"],
+) -> BaseModel:
     config = read_config(directory)
     for field in _DROPOUTS:
         if getattr(config, field, None) is not None:

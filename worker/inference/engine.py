@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -58,11 +59,7 @@ class InferenceEngine:
         self._max_rows = max_rows
         self._adapter_cache_bytes = adapter_cache_bytes
         self._prompts = PromptReader(base)
-        self._forward = RowForward(base, max_rows=max_rows, cache_bytes=kv_cache_bytes)
         self.meter = meter or Meter()
-        self._adapters = ResidentAdapters(
-            self._forward.bank, locate=locate, budget_bytes=adapter_cache_bytes, on_read=self._wake, meter=self.meter
-        )
         self._inbox: queue.SimpleQueue[Answer | None] = queue.SimpleQueue()
         self._waiting: FairQueue[Choice] = FairQueue()
         self._rows: list[Row] = []
@@ -72,8 +69,27 @@ class InferenceEngine:
         self._turn_began_s: float | None = None
         self._closing = threading.Event()
         self._door = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name=f"inference-{base.name}", daemon=True)
+        made: Future[None] = Future()
+
+        def make() -> tuple[RowForward, ResidentAdapters]:
+            forward = RowForward(base, max_rows=max_rows, cache_bytes=kv_cache_bytes)
+            return forward, ResidentAdapters(
+                forward.bank, locate=locate, budget_bytes=adapter_cache_bytes, on_read=self._wake, meter=self.meter
+            )
+
+        def run() -> None:
+            try:
+                # On this thread, since no other may compute on several cores (see `one_core`).
+                self._forward, self._adapters = make()
+            except BaseException as error:
+                made.set_exception(error)
+            else:
+                made.set_result(None)
+                self._run()
+
+        self._thread = threading.Thread(target=run, name=f"inference-{base.name}", daemon=True)
         self._thread.start()
+        made.result()
 
     def submit(self, request: GenerationRequest) -> ChunkStream:
         """The answer as it comes. Whatever is wrong with the request is said by the stream; Unavailable once closed."""

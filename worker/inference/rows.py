@@ -6,8 +6,9 @@ from typing import Final
 from worker.inference.answer import Choice
 from worker.inference.forward import Piece
 
-STALL_S: Final = 0.05
-"""How long reading prompts may hold up the next token of the others, in a step."""
+STALL_S: Final = 0.08
+"""How long reading one prompt may hold up the next token of many others, in a step. With more prompts to read it is
+longer in proportion, since then most of those that wait do so for their first token."""
 FEWEST_TOKENS: Final = 32
 MOST_TOKENS: Final = 512
 """Of prompts, in one step: fewer would cost more to start than to compute, more leave the caches."""
@@ -35,7 +36,8 @@ class Row:
 
 
 class PromptBudget:
-    """How many tokens of prompts one step may read: as many as take `STALL_S` beside rows that decode.
+    """How many tokens of prompts one step may read: as many as take `STALL_S`, times one more than there are prompts to
+    read for every row that decodes.
 
     Learnt from the steps that were: seconds of a step = seconds of a step without prompts + tokens * seconds a token.
     """
@@ -44,10 +46,13 @@ class PromptBudget:
         self._decode_s: float | None = None
         self._token_s: float | None = None
 
-    def tokens(self, *, beside_others: bool) -> int:
-        if not beside_others or self._token_s is None:
-            return MOST_TOKENS if not beside_others else 4 * FEWEST_TOKENS
-        return max(FEWEST_TOKENS, min(MOST_TOKENS, int(STALL_S / self._token_s)))
+    def tokens(self, *, num_reading: int, num_decoding: int) -> int:
+        if not num_decoding:
+            return MOST_TOKENS
+        if self._token_s is None:
+            return 4 * FEWEST_TOKENS
+        stall_s = STALL_S * (1 + num_reading / num_decoding)
+        return max(FEWEST_TOKENS, min(MOST_TOKENS, int(stall_s / self._token_s)))
 
     def learn(self, seconds: float, *, num_decoding: int, num_prompt_tokens: int) -> None:
         if not num_prompt_tokens:
@@ -62,7 +67,7 @@ def plan(rows: Sequence[Row], budget: PromptBudget) -> list[Piece]:
     tokens as the budget has."""
     pieces = [row.piece(number, 1) for number, row in enumerate(rows) if row.decodes]
     reading = sorted((row.number, number) for number, row in enumerate(rows) if not row.decodes)
-    left = budget.tokens(beside_others=bool(pieces))
+    left = budget.tokens(num_reading=len(reading), num_decoding=len(pieces))
     for _, number in reading:
         if left <= 0:
             break
