@@ -42,12 +42,14 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
         model = base
         if adapter is not None:
             model = PeftModel.from_pretrained(copy.deepcopy(base), adapter_path(work, adapter)).merge_and_unload()
-        told: dict[tuple[int, ...], tuple[list[bool], float]] = {}
+        by_prompt: dict[int, list[tuple[str, str, list[int]]]] = defaultdict(list)
         for label, row, name, number in requests:
-            answer = answers[row][name][number]
-            if (key := (number, *answer)) not in told:
-                told[key] = _verdict(model, prompts[number], answer)
-            verdicts[label, name].append(told[key])
+            by_prompt[number].append((label, name, answers[row][name][number]))
+        for number, given in by_prompt.items():
+            distinct = [list(answer) for answer in dict.fromkeys(tuple(answer) for _, _, answer in given)]
+            told = _told(model, prompts[number], distinct)
+            for label, name, answer in given:
+                verdicts[label, name].append(told[distinct.index(answer)])
 
     rows: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     for (row, name), found in verdicts.items():
@@ -62,14 +64,18 @@ def judge(request: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "crossed": crossed}
 
 
-def _verdict(model: Any, prompt: list[int], answer: list[int]) -> tuple[list[bool], float]:
-    """(For each token of the answer whether it is the model's choice, the greatest gap in nats)."""
+def _told(model: Any, prompt: list[int], answers: list[list[int]]) -> list[tuple[list[bool], float]]:
+    """For each answer to one prompt: (of each token whether it is the model's choice, the greatest gap in nats)."""
     import torch
 
+    answers_BT = torch.tensor(answers, device=model.device)
     with torch.no_grad():
-        ids = torch.tensor([prompt + answer], device=model.device)
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-        logits_TV = model.lm_head(hidden)
-    best, chosen = logits_TV.max(dim=-1), ids[0, len(prompt) :]
-    gaps = best.values - logits_TV.gather(1, chosen[:, None])[:, 0]
-    return (best.indices == chosen).tolist(), float(gaps.max())
+        read = model.model(input_ids=torch.tensor([prompt], device=model.device), use_cache=True)
+        first = read.last_hidden_state[:, -1:].expand(len(answers), -1, -1)
+        read.past_key_values.batch_repeat_interleave(len(answers))
+        later = model.model(input_ids=answers_BT[:, :-1], cache=read.past_key_values).last_hidden_state
+        logits_BTV = model.lm_head(torch.cat([first, later], dim=1))
+    best = logits_BTV.max(dim=-1)
+    gaps_BT = best.values - logits_BTV.gather(2, answers_BT[:, :, None])[:, :, 0]
+    is_chosen_BT = best.indices == answers_BT
+    return list(zip(is_chosen_BT.tolist(), gaps_BT.amax(dim=1).tolist(), strict=True))

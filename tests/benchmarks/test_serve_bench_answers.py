@@ -35,7 +35,7 @@ def request(work: Path, row: Row, mode: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def answers(bench_work: Path) -> Answers:
     """Of lorad, PEFT's mixed batch and a merged model."""
-    found = {OURS.name: ours.measure(request(bench_work, OURS, "answers"))["answers"]}
+    found = {OURS.name: ours.run_row(request(bench_work, OURS, "answers"))["answers"]}
     for row in (PEFT, MERGED):
         found[row.name] = peers.measure(request(bench_work, row, "answers"))["answers"]
     return found
@@ -80,7 +80,7 @@ def test_answers_of_the_wrong_adapter_are_noticed(bench_work: Path, tmp_path: Pa
 
 def test_every_figure_of_a_row_is_measured(bench_work: Path) -> None:
     """Rates of all scenarios, pairs of cold and warm, the Zipf load against one adapter, latencies of each arrival."""
-    found = ours.measure(request(bench_work, OURS, "time"))
+    found = ours.run_row(request(bench_work, OURS, "time"))
 
     assert set(found["rates"]) == set(OURS.timed)
     assert all(rate > 0 for rate in found["rates"].values())
