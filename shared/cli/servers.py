@@ -78,10 +78,10 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def become(command: list[str], settings: Settings) -> NoReturn:
+def become(command: list[str], settings: Settings, *, program: str = "") -> NoReturn:
     """Replace this process by `command`, which reads the same settings."""
     os.chdir(CODE_DIR)
-    os.execve(command[0], command, environment_for(settings))  # noqa: S606  # a list of our own, no shell
+    os.execve(command[0], command, environment_for(settings, program=program))  # noqa: S606  # a list of our own, no shell
 
 
 @click.command()
@@ -106,7 +106,7 @@ def generator() -> None:
     """Answer generation requests until stopped."""
     settings = Settings.from_env()
     require_installed("torch", "worker")
-    become(worker_command("generator"), settings)
+    become(worker_command("generator"), settings, program="generator")
 
 
 @click.command()

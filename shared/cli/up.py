@@ -64,7 +64,9 @@ def _run(settings: Settings, supervisor: Supervisor, workers: list[str]) -> None
     supervisor.start(Program("sweeper", [sys.executable, "-m", "shared.cli", "sweeper"], env, CODE_DIR))
     for name in workers:
         stop_s = TRAINER_STOP_S if name == "trainer" else 10.0
-        supervisor.start(Program(name, worker_command(name), env, CODE_DIR, stop_s=stop_s))
+        supervisor.start(
+            Program(name, worker_command(name), environment_for(settings, program=name), CODE_DIR, stop_s=stop_s)
+        )
     _wait(supervisor, "the API", lambda: _is_ready(settings), at_most_s=START_S)
     if not supervisor.is_stopping:
         print(f"lorad is ready: {_url(settings)} (data in {settings.data_dir})", flush=True)

@@ -96,6 +96,16 @@ def test_a_child_reads_the_same_settings(broker_url: str | None):
     assert (env["PATH"], env["LORAD_FAILPOINT"]) == ("/bin", "x")
 
 
+def test_compute_threads_wait_as_is_best_unless_somebody_says_otherwise():
+    """All wait passively, a generator after a short spin; what the environment says already is left alone."""
+    settings = Settings.from_env({})
+
+    assert environment_for(settings, {})["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "GOMP_SPINCOUNT" not in environment_for(settings, {}, program="trainer")
+    assert "GOMP_SPINCOUNT" in environment_for(settings, {}, program="generator")
+    assert environment_for(settings, {"GOMP_SPINCOUNT": "7"}, program="generator")["GOMP_SPINCOUNT"] == "7"
+
+
 def test_the_broker_socket_fits_the_kernel_however_long_the_data_dir():
     """A path too long for a socket is replaced by one that can be bound, a different one for each data directory."""
     short = Settings.from_env({"LORAD_DATA_DIR": "/d"})
