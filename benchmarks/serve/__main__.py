@@ -136,7 +136,8 @@ def _markdown(
         *report.speed_notes(result),
         "\n".join(report.loads_notes(result, plan)),
         f"Open loop: requests over 8 adapters arrive as a Poisson process for {plan.open_s * num_rounds:g} s, whatever "
-        "is still unanswered. Times are p50 / p99, the first token's from the moment of arrival.",
+        "is still unanswered. Times are p50 / p99, the first token's from the moment of arrival; a program that has "
+        "fallen behind is spared higher rates.",
         report.open_table(result),
         report.agreement_table(rows, verdicts),
         "\n".join(report.claims(result)),

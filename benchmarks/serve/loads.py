@@ -70,6 +70,11 @@ def latencies(heard: Sequence[Heard]) -> dict[str, Any]:
     }
 
 
+def has_fallen_behind(found: dict[str, Any]) -> bool:
+    """Whether half of the requests waited for more than two seconds: a higher rate would only make a longer queue."""
+    return summary(found["first_ms"])[0] > 2000
+
+
 def summary(values_ms: Sequence[float]) -> tuple[float, float]:
     """(p50, p99)."""
     return percentile(values_ms, 0.5), percentile(values_ms, 0.99)

@@ -189,6 +189,8 @@ def open_loop(client: Client, plan: Plan, prompts: list[list[int]], number: int)
             time.sleep(max(0.0, start_s + arrival_s - time.perf_counter()))
             waited_for.append(client.submit(asked[k % len(asked)], due_s=start_s + arrival_s))
         found[f"{rate:g}"] = loads.latencies([future.result() for future in waited_for])
+        if loads.has_fallen_behind(found[f"{rate:g}"]):
+            break
     return found
 
 

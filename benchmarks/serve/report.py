@@ -73,6 +73,9 @@ def open_table(result: Result) -> str:
         cells = []
         for row in rows:
             found = [one[rate] for one in result.load(row.name, "open") if rate in one]
+            if not found:
+                cells += ["", "", ""]
+                continue
             for key in ("first_ms", "gaps_ms"):
                 p50, p99 = summary(list(chain.from_iterable(one[key] for one in found)))
                 cells.append(f"{p50:.0f} / {p99:.0f} ms")

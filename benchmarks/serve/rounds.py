@@ -5,11 +5,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.processes import Runner
 from benchmarks.serve import vllm_peer
 from benchmarks.serve.plan import SCENARIOS, Plan, Row
+from benchmarks.stats import paired_ratios
+
+MARGIN: Final = 1.3
 
 
 @dataclass
@@ -34,6 +37,20 @@ class Result:
     def rates(self, row: str, scenario: str) -> list[float | None]:
         """Tokens per second, round by round; None where a round has no figure."""
         return [answer.get("rates", {}).get(scenario) for answer in self.answers.get(row, [])]
+
+    def beaten(self) -> set[str]:
+        """Rows that another row of their program beats by `MARGIN` in everything that they are timed in."""
+        return {
+            slow.name
+            for slow in self.rows
+            for fast in self.rows
+            if fast.program == slow.program and slow.timed and not slow.loads
+            if all(self._is_beaten(slow.name, fast.name, scenario) for scenario in slow.timed)
+        }
+
+    def _is_beaten(self, slow: str, fast: str, scenario: str) -> bool:
+        ratio = paired_ratios(self.rates(fast, scenario), self.rates(slow, scenario))
+        return ratio is not None and ratio.median > MARGIN
 
     def with_figures(self, program: str, scenario: str) -> list[Row]:
         """The rows of a program that have a figure for the scenario."""
@@ -92,12 +109,19 @@ class Bench(Runner):
         return verdicts
 
     def measure(self, rows: Sequence[Row], *, minutes: float) -> Result:
-        """At least one round of all rows; another as long as it should fit into `minutes`, up to the plan's."""
+        """At least one round of all rows; another as long as it should fit into `minutes`, up to the plan's.
+
+        Later rounds leave out the dtype in which a program turned out to be slow: their answer is empty.
+        """
         result = Result(tuple(rows), {row.name: [] for row in rows})
         for number in range(1, self.plan.rounds + 1):
             started_s = self.elapsed_s()
+            beaten = result.beaten()
             for row in rows:
                 if not row.timed and not row.loads:
+                    continue
+                if row.name in beaten:
+                    result.answers[row.name].append({})
                     continue
                 answer = self.run_row(row, "time", number=number)
                 result.answers[row.name].append(answer)

@@ -114,6 +114,8 @@ async def _open_loop(
                 *(ask(k, f"{rate:g}-{k}", start_s + arrival_s, plan.new_tokens) for k, arrival_s in enumerate(arrivals))
             )
             found[f"{rate:g}"] = loads.latencies(heard)
+            if loads.has_fallen_behind(found[f"{rate:g}"]):
+                break
         return found
     finally:
         engine.shutdown()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.serve import report
+from benchmarks.serve.loads import has_fallen_behind
 from benchmarks.serve.plan import ROWS, Plan, Row
 from benchmarks.serve.rounds import Result, Verdicts
 
@@ -121,6 +122,41 @@ def test_latencies_of_all_rounds_are_pooled() -> None:
     [_, _, line] = report.open_table(result).splitlines()
 
     assert line == "| 2 | 20 / 30 ms | 10 / 15 ms | 110 | 20 / 30 ms | 5 / 5 ms | 100 |"
+
+
+def test_a_rate_that_was_spared_leaves_its_cells_empty() -> None:
+    """A program that fell behind has no figures at higher rates, and the others keep theirs."""
+    one = {"first_ms": [10.0], "gaps_ms": [5.0], "tokens_per_second": 100.0}
+    late = {**one, "first_ms": [3000.0, 2500.0, 1.0]}
+    result = result_of(ours=[{**rates(), "open": {"2": one, "4": one}}], vllm_open=[{**rates(), "open": {"2": late}}])
+
+    [_, _, _, line] = report.open_table(result).splitlines()
+
+    assert line == "| 4 | 10 / 10 ms | 5 / 5 ms | 100 |  |  |  |"
+    assert has_fallen_behind(late)
+    assert not has_fallen_behind(one)
+
+
+def test_the_slow_dtype_is_left_out_of_later_rounds() -> None:
+    """A row that its program's other row beats in all it is timed in; not one that is slower by a little."""
+    result = result_of(
+        ours=[rates(base=100, eight=100)],
+        ours_fp32=[rates(base=50, eight=50)],
+        merged_bf16=[rates(one=110)],
+        merged_fp32=[rates(one=100)],
+        peft_fp32=[{"failed": "died"}],
+        peft_bf16=[rates(eight=50)],
+    )
+
+    assert result.beaten() == {"ours-fp32"}
+
+
+def test_a_row_left_out_of_a_round_keeps_its_figures() -> None:
+    """Its empty answer counts in no ratio."""
+    result = result_of(ours=[rates(eight=300), rates(eight=100)], ours_fp32=[rates(eight=100), {}])
+
+    assert "| lorad, fp32 | 100 (3.00) | 1.00 GB |" in report.speed_table(result)
+    assert report.failures(result) == []
 
 
 @pytest.mark.parametrize(
