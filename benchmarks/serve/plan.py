@@ -32,7 +32,7 @@ class Plan:
     open_s: float = 10.0
     """Seconds of arrivals at each rate."""
     seed: int = 7
-    update_shares: dict[str, float] = field(default_factory=lambda: {"qv": 0.1, "mixed": 0.1, "linear": 0.05})
+    update_shares: dict[str, float] = field(default_factory=lambda: {"qv": 0.12, "mixed": 0.12, "linear": 0.06})
     """The norm of an adapter's update of a module, as a share of the norm of the module's weight, by family.
 
     Half of it leaves most answers as they are; twice of it makes many of them nonsense.
@@ -41,7 +41,7 @@ class Plan:
     """The least share of a row's tokens that the merged fp32 model would choose after the same ones before."""
     max_gap: float = 1e-3
     """In fp32, nats by which a chosen token may be less likely than the reference's choice: what rounding can do."""
-    max_crossed: float = 0.88
+    max_crossed: float = 0.9
     """`min_agreement`'s opposite: the largest share of tokens that the model of another adapter may agree with."""
 
     def to_json(self) -> dict[str, Any]:
