@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from worker.kernels import varlen
 from worker.kernels.attention import LONGEST, segment_attention
-from worker.kernels.row_attention import RowAttention
+from worker.kernels.row_attention import Rows
 
 NAME: Final = "lorad"
 """What to give a model as `attn_implementation`; importing this module registers it."""
@@ -53,7 +53,7 @@ class _Packing:
 
 # A context variable: each thread has its own, so the engines of one process do not see each other's packing.
 _packing: ContextVar[_Packing | None] = ContextVar("lorad_packing", default=None)
-_rows: ContextVar[RowAttention | None] = ContextVar("lorad_rows", default=None)
+_rows: ContextVar[Rows | None] = ContextVar("lorad_rows", default=None)
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _packed(packing: _Packing) -> Iterator[None]:
 
 
 @contextmanager
-def cached_rows(rows: RowAttention) -> Iterator[None]:
+def cached_rows(rows: Rows) -> Iterator[None]:
     """Inside, a forward over one row of tokens is a generation step: `rows` says whose they are.
 
     The cache that the model is given returns a layer's whole keys and values, the step's own among them. Holds for the

@@ -127,7 +127,8 @@ def choose_all(logits_BV: Tensor, choices: Sequence[_Samples]) -> list[Chosen | 
         rows = dict(enumerate(logits_np))
     else:
         best = logits_BV.max(dim=-1)
-        peaks_B, likeliest_B = best.values.float().cpu().numpy(), best.indices.cpu().numpy()
+        both_2B = torch.stack([best.values.double(), best.indices.double()]).cpu()  # at once: each copy waits
+        peaks_B, likeliest_B = both_2B[0].numpy(), both_2B[1].long().numpy()
         rows = _fetch(logits_BV, [k for k, choice in enumerate(choices) if not choice.sampler.takes_the_likeliest])
     usable_B = np.isfinite(peaks_B).tolist()
     likeliest = likeliest_B.tolist()

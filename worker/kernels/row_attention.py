@@ -5,10 +5,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from itertools import accumulate
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from worker.kernels import varlen
+
+M = TypeVar("M")
 
 Mask = Tensor | Literal["causal"] | None
 """Added to the scores, broadcast over (b, h, q, k); None where all may be seen."""
@@ -37,11 +43,14 @@ class RowAttention:
     decode: Sequence[Chunk]
     prefill: Sequence[Chunk]
     device: torch.device
-    _masks: dict[object, Tensor] = field(default_factory=dict)
+    _shared: dict[object, Any] = field(default_factory=dict)
 
     def __call__(self, query_1HTD: Tensor, key_SGLD: Tensor, value_SGLD: Tensor, *,
                  scaling: float | None, window: int | None, softcap: float | None) -> Tensor:  # fmt: skip
         """softmax(cap(scaling q k^T) + mask) v of every token over what its row holds up to it; (1, T, H, D)."""
+        if softcap is None and varlen.suits(query_1HTD, value_SGLD):
+            return varlen.cached_attention(query_1HTD, key_SGLD, value_SGLD, self._ragged(key_SGLD.shape[2]),
+                                           scaling=scaling, window=window)  # fmt: skip
         parts = []
         if self.decode:
             parts.append(self._decoded(query_1HTD, key_SGLD, value_SGLD, scaling, window, softcap))
@@ -77,6 +86,23 @@ class RowAttention:
             out_SHD = out_SHD.index_select(0, self._slots)
         return out_SHD[None]
 
+    def _ragged(self, num_positions: int) -> varlen.Ragged:
+        """All chunks, for one kernel that reads each over its row, of which each has so many positions."""
+
+        def make() -> varlen.Ragged:
+            chunks = [*self.decode, *self.prefill]
+            lengths = [chunk.num_tokens for chunk in chunks]
+            numbers = [
+                *accumulate(lengths, initial=0),
+                *(chunk.slot * num_positions for chunk in chunks), 0,
+                *(chunk.end for chunk in chunks),
+            ]  # fmt: skip
+            there = torch.tensor(numbers, dtype=torch.int32).pin_memory().to(self.device, non_blocking=True)
+            runs, rows, ends = torch.split(there, [len(chunks) + 1, len(chunks) + 1, len(chunks)])
+            return varlen.Ragged(runs, rows, ends, max(lengths), max(chunk.end for chunk in chunks))
+
+        return self._made("ragged", make)
+
     @property
     def _num_slots(self) -> int:
         return max(chunk.slot for chunk in self.decode) + 1
@@ -107,11 +133,54 @@ class RowAttention:
             ),
         )
 
-    def _made(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+    def _made(self, key: object, make: Callable[[], M]) -> M:
         """Made by the first layer that needs it, shared by all."""
-        if key not in self._masks:
-            self._masks[key] = make()
-        return self._masks[key]
+        return _once(self._shared, key, make)
+
+
+@dataclass(frozen=True)
+class SlotAttention:
+    """A step of one token for each of the slots 0 to S - 1, at positions (S,) that only the GPU knows: nothing depends
+    on them but what is computed there, so that a step can be captured and replayed at others.
+
+    `longest`: no row may have more positions then, the step's own included.
+    """
+
+    positions_S: Tensor
+    longest: int
+    _shared: dict[object, Any] = field(default_factory=dict)
+
+    def __call__(self, query_1HTD: Tensor, key_SGLD: Tensor, value_SGLD: Tensor, *,
+                 scaling: float | None, window: int | None, softcap: float | None) -> Tensor:  # fmt: skip
+        """As RowAttention's; (1, S, H, D)."""
+        num_slots, groups = len(self.positions_S), key_SGLD.shape[1]
+        if softcap is None and varlen.suits(query_1HTD, value_SGLD):
+            ragged = _once(self._shared, "ragged", partial(self._ragged, key_SGLD.shape[2]))
+            return varlen.cached_attention(query_1HTD, key_SGLD, value_SGLD, ragged, scaling=scaling, window=window)
+        mask_S11L = _once(
+            self._shared,
+            (window, query_1HTD.dtype),
+            lambda: _additive(self.positions_S[:, None, None, None], self.longest, window, query_1HTD.dtype),
+        )
+        q_SGgD = query_1HTD[0].transpose(0, 1).reshape(num_slots, groups, query_1HTD.shape[1] // groups, -1)
+        key, value = (held[:num_slots, :, : self.longest] for held in (key_SGLD, value_SGLD))
+        out_SgGD = attended(q_SGgD, key, value, mask_S11L, scaling, softcap)
+        return out_SgGD.transpose(1, 2).reshape(1, num_slots, query_1HTD.shape[1], -1)
+
+    def _ragged(self, num_positions: int) -> varlen.Ragged:
+        starts_S1 = torch.arange(len(self.positions_S) + 1, dtype=torch.int32, device=self.positions_S.device)
+        lengths_S = (self.positions_S + 1).to(torch.int32)
+        return varlen.Ragged(starts_S1, starts_S1 * num_positions, lengths_S, 1, self.longest)
+
+
+Rows = RowAttention | SlotAttention
+
+
+def _once(made: dict[object, Any], key: object, make: Callable[[], M]) -> M:
+    if key not in made:
+        made[key] = make()
+    found: M = made[key]
+    return found
 
 
 def _additive(positions: Tensor, num_keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
