@@ -54,7 +54,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
         for plane in planes:
             self._places.append((plane, sum(1 for other, _ in self._places if other == plane)))
         for plane in dict.fromkeys(planes):
-            shape = (planes.count(plane), self.num_tokens, plane.num_heads, plane.width)
+            shape = (planes.count(plane), self.num_tokens + 1, plane.num_heads, plane.width)
             self._kinds[plane] = _zeros(shape, plane.dtype, device)
         self._lengths: list[int] = []
         self._touched: list[int] = []
@@ -62,7 +62,8 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
         self._needs: list[int] = []
         self._begun: Sequence[tuple[int, int, int]] = ()
         self._room = (0, 0)
-        super().__init__(layers=[_SlotLayer(self._max_positions) for _ in range(len(planes) // 2)])
+        kept = [self._kinds[plane][at] for plane, at in self._places]
+        super().__init__(layers=[_SlotLayer(self._max_positions, *kept[i : i + 2]) for i in range(0, len(kept), 2)])
         self._share_out(self._row_positions(FEWEST_POSITIONS))
 
     @property
@@ -79,6 +80,17 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
     def most_positions(self) -> int:
         """The longest row that can ever be had."""
         return self._max_positions
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """How many rows there is room for, and of how many positions each. What is kept never moves in memory as long
+        as these stay the same."""
+        return self._room
+
+    @property
+    def spare(self) -> int:
+        """A place that is no row's, for tokens that are computed for nobody."""
+        return self.num_tokens
 
     @property
     def size_bytes(self) -> int:
@@ -127,13 +139,20 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
 
     def begin(self, parts: Sequence[tuple[int, int, int]]) -> None:
         """The next forward writes (row, first position, number of tokens) of each part, in order, as one stream."""
-        where = []
+        self.announce(parts)
+        where = [torch.arange(start, start + num_tokens) + row * self._room[1] for row, start, num_tokens in parts]
+        where_T, device = torch.cat(where), next(iter(self._kinds.values())).device
+        self.write_to(where_T.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else where_T)
+
+    def announce(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """`begin` for a forward that has been told by `write_to` where to write."""
         self._begun = parts
         for row, start, num_tokens in parts:
             assert start + num_tokens <= self._needs[row], "a row outgrows what it said it needs"
             self._touched[row] = max(self._touched[row], start + num_tokens)
-            where.append(torch.arange(start, start + num_tokens) + row * self._room[1])
-        where_T = torch.cat(where).to(next(iter(self._kinds.values())).device)
+
+    def write_to(self, where_T: Tensor) -> None:
+        """Forwards from now on write there: row times `room`'s positions plus position, or `spare`, of each token."""
         for layer in self.layers:
             layer.where_T = where_T
 
@@ -171,17 +190,17 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """Keys and values of one layer, views (S, L, G, D) of the cache's room."""
+    """Keys and values of one layer, views (S, L, G, D) of the cache's room: of all its places, (N + 1, G, D)."""
 
-    def __init__(self, max_positions: int) -> None:
+    def __init__(self, max_positions: int, keys_NGD: Tensor, values_NGD: Tensor) -> None:
         super().__init__()
+        self._flat = keys_NGD, values_NGD
         self._max_positions = max_positions
         self.where_T = torch.empty(0, dtype=torch.long)
         self.is_initialized = True
 
     def show(self, keys_SLGD: Tensor, values_SLGD: Tensor) -> None:
         self.keys, self.values = keys_SLGD.transpose(1, 2), values_SLGD.transpose(1, 2)
-        self._flat = keys_SLGD.flatten(0, 1), values_SLGD.flatten(0, 1)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the room is there from the start."""

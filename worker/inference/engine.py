@@ -64,7 +64,7 @@ class InferenceEngine:
         self._waiting: FairQueue[Choice] = FairQueue()
         self._rows: list[Row] = []
         self._num_admitted = 0
-        self._budget = PromptBudget()
+        self._budget = PromptBudget(on_gpu=base.device.type == "cuda")
         self._may_admit = False
         self._turn_began_s: float | None = None
         self._closing = threading.Event()

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.specs import AdapterShare
 from worker.attention import cached_rows
 from worker.base_model import BaseModel
 from worker.inference.cache import PlaneProbe, SlotCache
+from worker.inference.graphs import StepGraphs
+from worker.kernels import norms
 from worker.kernels.packed_linear import Product, can_pack, packed_product
 from worker.kernels.row_attention import Chunk, RowAttention
 from worker.lora.bank import AdapterBank
@@ -58,6 +60,7 @@ class RowForward:
         self._head = head if packs else None
         if packs:
             vars(head)["forward"] = _whole(packed_product(head.weight, head.bias), len(head.weight))
+        self._norms = _fuse_norms(base.model) if base.device.type == "cuda" else []
         self.cache = SlotCache(
             probe.planes,
             max_rows=max_rows,
@@ -65,9 +68,14 @@ class RowForward:
             budget_bytes=cache_bytes,
             device=base.device,
         )
+        self._graphs = StepGraphs(base, self.cache, self.bank, self._run) if StepGraphs.can_serve(base) else None
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
         self.bank.close()
+        for norm in self._norms:
+            vars(norm).pop("forward", None)
         if self._head is not None:
             vars(self._head).pop("forward", None)
 
@@ -85,13 +93,19 @@ class RowForward:
     def step(self, pieces: Sequence[Piece]) -> Tensor:
         """Append each piece to its row; (W, V) logits after those that want them, in order. One piece a row.
 
-        Pieces of one token form a batch of the rows; longer ones are read one after the other.
+        Pieces of one token form a batch of the rows; longer ones are read one after the other. On a GPU a step of such
+        pieces alone is replayed from a CUDA graph, once that pays.
         """
         lengths = self.cache.lengths
         order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i].token_ids), pieces[i].row))
         chunks = [Chunk(pieces[i].row, lengths[pieces[i].row], len(pieces[i].token_ids)) for i in order]
         num_single = sum(chunk.num_tokens == 1 for chunk in chunks)
         ids = [token for i in order for token in pieces[i].token_ids]
+        if self._graphs is not None and len(ids) == len(chunks):
+            logits_SV = self._graphs.step(ids, chunks, [pieces[i].shares for i in order])
+            if logits_SV is not None:
+                self.cache.commit()
+                return logits_SV[self._there([piece.row for piece in pieces if piece.wants_next])]
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)]
         ends, last = [], -1
         for chunk in chunks:
@@ -103,16 +117,36 @@ class RowForward:
         rows = RowAttention(chunks[:num_single], chunks[num_single:], self._device)
         route = self.bank.routed([(len(pieces[i].token_ids), pieces[i].shares) for i in order])
         with route, cached_rows(rows):
-            output = self._model(
-                input_ids=torch.tensor([ids], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                cache=self.cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor(wanted, dtype=torch.long, device=self._device),
-            )
+            logits = self._run(self._there(ids), self._there(positions), self._there(wanted))
         self.cache.commit()
+        return logits
+
+    def _run(self, ids_T: Tensor, positions_T: Tensor, wanted: Tensor | int = 0) -> Tensor:
+        """(W, V) logits after the tokens at the places `wanted`; 0 are all."""
+        output = self._model(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            cache=self.cache,
+            use_cache=True,
+            logits_to_keep=wanted,
+        )
         logits: Tensor = output.logits[0]
         return logits
+
+    def _there(self, numbers: Sequence[int]) -> Tensor:
+        """On the model's device, without waiting for what that is still doing."""
+        here = torch.tensor(numbers, dtype=torch.long)
+        return here.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else here
+
+
+def _fuse_norms(model: nn.Module) -> list[nn.Module]:
+    """Make each RMSNorm of the model one kernel; which were."""
+    changed = []
+    for module in model.modules():
+        if norms.is_rms_norm(module) and (fused := norms.fused_forward(module)) is not None:
+            vars(module)["forward"] = fused
+            changed.append(module)
+    return changed
 
 
 def _whole(product: Product, head_size: int) -> Product:

@@ -12,6 +12,9 @@ longer in proportion, since then most of those that wait do so for their first t
 FEWEST_TOKENS: Final = 32
 MOST_TOKENS: Final = 512
 """Of prompts, in one step: fewer would cost more to start than to compute, more leave the caches."""
+GPU_FEWEST_TOKENS: Final = 512
+GPU_MOST_TOKENS: Final = 4096
+"""The same on a GPU, which computes hundreds of tokens while the processor starts the kernels for one."""
 
 
 class Row:
@@ -42,22 +45,25 @@ class PromptBudget:
     Learnt from the steps that were: seconds of a step = seconds of a step without prompts + tokens * seconds a token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_gpu: bool = False) -> None:
+        self._fewest, self._most = FEWEST_TOKENS, MOST_TOKENS
+        if on_gpu:
+            self._fewest, self._most = GPU_FEWEST_TOKENS, GPU_MOST_TOKENS
         self._decode_s: float | None = None
         self._token_s: float | None = None
 
     def tokens(self, *, num_reading: int, num_decoding: int) -> int:
         if not num_decoding:
-            return MOST_TOKENS
+            return self._most
         if self._token_s is None:
-            return 4 * FEWEST_TOKENS
+            return 4 * self._fewest
         stall_s = STALL_S * (1 + num_reading / num_decoding)
-        return max(FEWEST_TOKENS, min(MOST_TOKENS, int(stall_s / self._token_s)))
+        return max(self._fewest, min(self._most, int(stall_s / self._token_s)))
 
     def learn(self, seconds: float, *, num_decoding: int, num_prompt_tokens: int) -> None:
         if not num_prompt_tokens:
             self._decode_s = _averaged(self._decode_s, seconds)
-        elif num_prompt_tokens >= FEWEST_TOKENS:
+        elif num_prompt_tokens >= self._fewest:
             alone_s = (self._decode_s or 0.0) if num_decoding else 0.0
             self._token_s = _averaged(self._token_s, max(seconds - alone_s, 1e-7) / num_prompt_tokens)
 

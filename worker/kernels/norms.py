@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -28,6 +29,17 @@ def lean_forward(module: nn.Module) -> Forward:
     scale = _scale_of(module)
     assert scale is not None, f"{type(module).__name__} is no RMSNorm"
     return partial(_forward, module, module.forward, scale, _eps_of(module))
+
+
+def fused_forward(module: nn.Module) -> Forward | None:
+    """A forward for an RMSNorm of which no gradient is wanted: one kernel on a GPU, where the module's own takes eight,
+    rounded once instead of twice. None where s is not the weight itself."""
+    weight, scale = module.weight, _scale_of(module)
+    assert isinstance(weight, Tensor)
+    if scale is None or not torch.equal(scale, weight.to(scale.dtype)):
+        return None
+    eps, shape = _eps_of(module), list(weight.shape)
+    return lambda x: functional.rms_norm(x, shape, weight, eps)
 
 
 def _forward(module: nn.Module, own: Forward, scale_H: Tensor, eps: float, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, takewhile
 from typing import Final
@@ -18,7 +18,7 @@ from shared.specs import AdapterShare
 from worker.lora.fit import Places, check_fits
 from worker.lora.sites import MakeProduct, Site, find_sites, plain_product
 from worker.lora.spec import LoadedAdapter
-from worker.lora.stack import Part, Stack
+from worker.lora.stack import Columns, Part, Stack
 from worker.lora.targets import linear_modules
 
 MOST_COLUMNS: Final = 512
@@ -28,6 +28,10 @@ SHORT: Final = 128
 """Tokens of a run that may share the joint products; longer ones have their own."""
 SHORT_COLUMNS: Final = 8192
 """Tokens of a run times columns of the stacks up to which joint products are faster than a pair of its own."""
+GPU_COLUMNS: Final = 2048
+GPU_SHORT: Final = 1024
+GPU_SHORT_COLUMNS: Final = 1 << 19
+"""The same where starting a product takes longer than many zeros in it."""
 Shares = tuple[AdapterShare, ...]
 Run = tuple[int, Shares]
 """Tokens that follow each other, and the adapters that they go through."""
@@ -66,7 +70,7 @@ class _Span:
 
 
 @dataclass(frozen=True)
-class _Route:
+class Route:
     """Who updates what in one step: the first `num_stacked` tokens by the stacks, `spans` one by one."""
 
     num_tokens: int
@@ -74,23 +78,6 @@ class _Route:
     hidden_B1R: Tensor | None = None
     weights_B1R: Tensor | None = None
     spans: tuple[_Span, ...] = ()
-
-
-@dataclass
-class _Columns:
-    """Which columns of the stacks belong to which adapter."""
-
-    capacity: int = 0
-    of: dict[str, slice] = field(default_factory=dict)
-
-    def gap(self, width: int) -> int | None:
-        """Where `width` free columns begin."""
-        start = 0
-        for taken in sorted(self.of.values(), key=lambda columns: columns.start):
-            if taken.start - start >= width:
-                return start
-            start = taken.stop
-        return start if self.capacity - start >= width else None
 
 
 class AdapterBank:
@@ -129,9 +116,11 @@ class AdapterBank:
             self._where |= {path: (number, layer, member) for member, path in enumerate(site.paths)}
             site.install()
         self._attached: dict[str, PackedAdapter] = {}
-        self._columns = _Columns()
-        self._route: _Route | None = None
-        self._last: tuple[object, _Route | None] | None = None
+        self._columns = Columns()
+        self.num_layouts = 0
+        """How often the stacks have got another place in memory."""
+        self._route: Route | None = None
+        self._last: tuple[object, Route | None] | None = None
 
     def pack(self, adapter: LoadedAdapter, *, name: str) -> PackedAdapter:
         """`adapter` in this bank's layout and dtype, s folded into B; any thread may. Raises IncompatibleAdapter."""
@@ -191,31 +180,42 @@ class AdapterBank:
     @contextmanager
     def routed(self, runs: Sequence[Run]) -> Iterator[None]:
         """Inside, a forward's stream is these runs of tokens. Those of a token each come first, long ones last."""
+        with self.following(self.route(runs)):
+            yield
+
+    @contextmanager
+    def following(self, route: Route | None) -> Iterator[None]:
+        """Inside, a forward's tokens take this route; None is the bare base."""
         assert self._route is None, "a step is being routed already"
-        self._route = self._routed(runs)
+        self._route = route
         try:
             yield
         finally:
             self._route = None
 
-    def _routed(self, runs: Sequence[Run]) -> _Route | None:
-        """The route of these runs; kept for the next step, which is the same as long as the same rows decode."""
-        key = tuple((num_tokens, _key(shares)) for num_tokens, shares in runs)
+    def route(self, runs: Sequence[Run], *, by_stacks: bool = False) -> Route | None:
+        """The route of these runs; kept for the next step, which is the same as long as the same rows decode.
+
+        `by_stacks`: a single adapter too takes columns of the stacks. A route is right until the next one is made.
+        """
+        key = (by_stacks, *((num_tokens, _key(shares)) for num_tokens, shares in runs))
         if self._last is None or self._last[0] != key:
-            self._last = (key, self._made_route(runs))
+            self._last = (key, self._made_route(runs, by_stacks))
         return self._last[1]
 
-    def _made_route(self, runs: Sequence[Run]) -> _Route | None:
+    def _made_route(self, runs: Sequence[Run], by_stacks: bool) -> Route | None:
         num_tokens = sum(length for length, _ in runs)
         different = {_key(shares) for _, shares in runs}
         if different == {()}:
             return None
-        if len(different) == 1:
-            return _Route(num_tokens, spans=(_Span(slice(0, num_tokens), self._packed(runs[0][1])),))
-        stacked = list(takewhile(lambda run: run[0] <= SHORT, runs))
+        if len(different) == 1 and not by_stacks:
+            return Route(num_tokens, spans=(_Span(slice(0, num_tokens), self._packed(runs[0][1])),))
+        on_gpu = self._device.type != "cpu"
+        short, short_columns = (GPU_SHORT, GPU_SHORT_COLUMNS) if on_gpu else (SHORT, SHORT_COLUMNS)
+        stacked = list(takewhile(lambda run: run[0] <= short, runs))
         wanted = {share.version_id: self._attached[share.version_id].rank for _, shares in stacked for share in shares}
         seated = self._seat(wanted)
-        most = SHORT_COLUMNS // max(1, self._columns.capacity)
+        most = short_columns // max(1, self._columns.capacity)
         stacked = list(takewhile(lambda run: run[0] == 1 or run[0] <= most, stacked)) if seated else []
         is_plain = True
         weights_SR = torch.zeros(len(stacked), self._columns.capacity)
@@ -230,10 +230,12 @@ class AdapterBank:
                 alone.setdefault(_key(shares), []).append((start, start + length, shares))
             start += length
         spans = tuple(_Span(_span_places(own, self._device), self._packed(own[0][2])) for own in alone.values())
-        weights_T1R = weights_SR.repeat_interleave(torch.tensor([length for length, _ in stacked], dtype=torch.long), 0)
-        weights_T1R = weights_T1R[:, None]
-        return _Route(num_tokens, len(weights_T1R), (weights_T1R == 0).to(self._device),
-                      None if is_plain else weights_T1R.to(self._device, self._dtype), spans)  # fmt: skip
+        lengths_S = torch.tensor([length for length, _ in stacked], dtype=torch.long).to(self._device)
+        weights_T1R = weights_SR.to(self._device).repeat_interleave(
+            lengths_S, 0, output_size=sum(length for length, _ in stacked)
+        )[:, None]
+        weights = None if is_plain else weights_T1R.to(self._dtype)
+        return Route(num_tokens, len(weights_T1R), weights_T1R == 0, weights, spans)
 
     def _packed(self, shares: Shares) -> tuple[tuple[PackedAdapter, float], ...]:
         return tuple((self._attached[share.version_id], share.weight) for share in shares)
@@ -259,11 +261,18 @@ class AdapterBank:
     def _seat_anew(self, wanted: Mapping[str, int]) -> set[str]:
         """Lay the stacks out again for as many of the wanted adapters as they may hold."""
         seated: dict[str, int] = {}
+        most, before = MOST_COLUMNS if self._device.type == "cpu" else GPU_COLUMNS, self._columns.capacity
         for name, rank in sorted(wanted.items(), key=lambda one: one[1]):
-            if sum(seated.values()) + rank <= MOST_COLUMNS:
+            if sum(seated.values()) + rank <= most:
                 seated[name] = rank
-        self._drop_stacks()
-        self._columns.capacity = min(MOST_COLUMNS, -(-sum(seated.values()) // 16) * 16)
+        needed = -(-sum(seated.values()) // 16) * 16
+        if self._device.type != "cpu":  # seldom another size, since captured graphs read the stacks where they lie
+            needed = max(before, 1 << (max(64, needed) - 1).bit_length())
+        if min(most, needed) == before and self._device.type != "cpu":
+            self._columns.of.clear()
+        else:
+            self._drop_stacks()
+            self._columns.capacity = min(most, needed)
         start = 0
         for name, rank in seated.items():
             self._place(name, slice(start, start + rank))
@@ -282,6 +291,7 @@ class AdapterBank:
 
     def _grown(self, number: int, kind: Kind, part: Part) -> Stack:
         """A stack for the members of a kind that `part` brings too, with what the old one held."""
+        self.num_layouts += 1
         members = sorted({*part.members, *(kind.stack.members if kind.stack is not None else ())})
         stack = Stack(
             members, kind.member_sizes, num_layers=len(kind.sites),
@@ -293,7 +303,8 @@ class AdapterBank:
         return stack
 
     def _drop_stacks(self) -> None:
-        self._columns = _Columns()
+        self.num_layouts += 1
+        self._columns = Columns()
         self._last = None
         for kind in self._kinds:
             kind.stack = None

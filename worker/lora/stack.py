@@ -4,7 +4,7 @@
 # B tokens.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
 
@@ -83,6 +83,7 @@ class Stack:
         """`sizes`: the out features of every member of the site, of which `members` have updates."""
         self.members = tuple(members)
         self._num_columns = num_columns
+        self._on_gpu = device.type != "cpu"
         shape = (len(members), num_columns)
         self._a = torch.zeros(num_layers, *shape, in_features, dtype=dtype, device=device)
         self._a_layers = [a.flatten(0, 1).t() for a in self._a]
@@ -128,11 +129,32 @@ class Stack:
         each_BMR.masked_fill_(hidden_B1R, 0)
         if weights_B1R is not None:
             each_BMR *= weights_B1R
+        if self._on_gpu:  # where starting a kernel is what costs
+            for columns, out, b in self._products[layer]:
+                y_BO[:, out].addmm_(low_BMR[:, columns], b)
+            return
         if self._is_joint:
             y_BO.add_(torch.mm(low_BMR, self._products[layer][0][2]))
             return
         for columns, out, b in self._products[layer]:
             y_BO[:, out].add_(torch.mm(low_BMR[:, columns], b))
+
+
+@dataclass
+class Columns:
+    """Which columns of the stacks belong to which adapter."""
+
+    capacity: int = 0
+    of: dict[str, slice] = field(default_factory=dict)
+
+    def gap(self, width: int) -> int | None:
+        """Where `width` free columns begin."""
+        start = 0
+        for taken in sorted(self.of.values(), key=lambda columns: columns.start):
+            if taken.start - start >= width:
+                return start
+            start = taken.stop
+        return start if self.capacity - start >= width else None
 
 
 def _columns(member: int, sizes: Sequence[int]) -> slice:

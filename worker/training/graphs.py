@@ -7,8 +7,7 @@ width; N places of a stream whose hidden states are used.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from worker.base_model import BaseModel
 from worker.kernels import varlen
+from worker.kernels.recording import GraphRoom
 
 MOST_WORK: Final = 4e12
 """Parameters of the base times tokens of a stream; with more, the GPU is the slower one and a graph gains little. On an
@@ -57,7 +57,7 @@ class Captured:
     """A forward and a backward pass for any stream of one size through one adapter, at the weights that it has then."""
 
     def __init__(
-        self, run: Forward, adapter: str, parameters: Sequence[nn.Parameter], size: Size, room: "_Room"
+        self, run: Forward, adapter: str, parameters: Sequence[nn.Parameter], size: Size, room: GraphRoom
     ) -> None:
         """Raises whatever `run` raises where it cannot be captured, as where a layer waits for a value."""
         device = parameters[0].device
@@ -118,7 +118,7 @@ class Graphs:
         self._run = run
         self._num_parameters = sum(p.numel() for p in base.model.parameters())
         self._device = base.device
-        self._room = _Room(base.device)
+        self._room = GraphRoom(base.device)
         self._made: dict[tuple[str, Size], Captured] = {}
         self._seen: Counter[tuple[str, Size]] = Counter()
 
@@ -162,29 +162,7 @@ class Graphs:
         while len(self._made) >= MOST_GRAPHS:
             del self._made[next(iter(self._made))]
         if not self._made:  # the pool went with the last of them
-            self._room = _Room(self._device)
-
-
-class _Room:
-    """Where graphs are captured: one CUDA stream and one pool of memory for all of them, so that each is laid over the
-    others' activations. Only one may be between its forward and its backward."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
-        self._pool = torch.cuda.graph_pool_handle()
-
-    @contextmanager
-    def capturing(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Around calls that are recorded into `graph` and not run. Other threads may use the GPU meanwhile."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                yield
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._room = GraphRoom(self._device)
 
 
 def _power_of_two(least: int) -> int:
