@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from benchmarks import publish
 from benchmarks.processes import ROOT
@@ -43,12 +43,12 @@ def main() -> None:
     result = bench.measure([row for row in rows if row.name not in verdicts.failures], minutes=options.minutes)
 
     installed = {**publish.versions(PACKAGES), **_vllm_version()}
-    text = _markdown(options, plan, prompts.name, prepared["prompt_tokens"], installed, rows, verdicts, result)
+    text = _markdown(options, plan, prompts.name, prepared, installed, rows, verdicts, result)
     wrong = report.failures(result)
     record = {
         "command": _command(options),
         "date": publish.today(),
-        "processor": publish.processor(),
+        "processor": prepared["processor"],
         "versions": installed,
         "prompts": prompts.name,
         "prompt_tokens": prepared["prompt_tokens"],
@@ -118,16 +118,17 @@ def _markdown(
     options: argparse.Namespace,
     plan: Plan,
     prompts_name: str,
-    prompt_tokens: list[int],
+    prepared: dict[str, Any],
     installed: dict[str, str],
     rows: list[Row],
     verdicts: Verdicts,
     result: Result,
 ) -> str:
+    prompt_tokens = prepared["prompt_tokens"]
     num_rounds = max(len(answers) for answers in result.answers.values())
     versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     parts = [
-        f"`{_command(options)}`, {publish.today()}, {publish.processor()}, {plan.threads} threads; {versions}.",
+        f"`{_command(options)}`, {publish.today()}, {prepared['processor']}, {plan.threads} threads; {versions}.",
         f"Prompts: {plan.num_prompts} {prompts_name}, {min(prompt_tokens)} to {max(prompt_tokens)} tokens, all asked "
         f"at once; {plan.new_tokens} new tokens each, greedy. Rounds: {num_rounds}, up to {plan.repeats} timed runs "
         "in each. Tokens/s are medians over rounds, of new tokens, reading the prompts included; in brackets how many "

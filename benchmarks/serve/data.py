@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from benchmarks import publish
 from benchmarks.base import unpack_base
 from benchmarks.serve.plan import FAMILIES, Plan, adapter_names
 
@@ -87,7 +88,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
         if not adapter_path(work, name).is_dir():
             dice = torch.Generator().manual_seed(int(sha256(f"{plan.seed} {name}".encode()).hexdigest()[:12], 16))
             _write(work, name, base.model, norms, plan.update_shares, dice)
-    return {"num_adapters": len(names), "prompt_tokens": [len(ids) for ids in prompts]}
+    processor = torch.cuda.get_device_name() if plan.device == "cuda" else publish.processor()
+    return {"num_adapters": len(names), "prompt_tokens": [len(ids) for ids in prompts], "processor": processor}
 
 
 def _write(

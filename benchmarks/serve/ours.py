@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.processes import peak_rss_bytes
 from benchmarks.serve import loads
 from benchmarks.serve.data import adapter_path, read_prompts, version_id
 from benchmarks.serve.loads import Heard
 from benchmarks.serve.plan import SCENARIOS, Plan, Row, adapter_names, pairs
+from benchmarks.train.meter import peak_bytes
 from shared.config import Settings
 from shared.specs import AdapterShare, Chunk, GeneratedToken, GenerationRequest
 from worker.base_model import load_base_model
@@ -54,7 +54,7 @@ def run_row(request: dict[str, Any]) -> dict[str, Any]:
             )
     finally:
         client.close()
-    return {**answer, "peak_rss_bytes": peak_rss_bytes()}
+    return {**answer, "peak_bytes": peak_bytes(plan.device)}
 
 
 class Client:

@@ -5,10 +5,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.processes import peak_rss_bytes
 from benchmarks.serve import loads
 from benchmarks.serve.data import adapter_path, read_prompts
 from benchmarks.serve.plan import SCENARIOS, Plan, Row, pairs
+from benchmarks.train.meter import peak_bytes
 
 
 def measure(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
         generate(asked, 8)
         all_seconds[name] = loads.timed(lambda asked=asked: seconds(asked), plan)
         rates[name] = len(asked) * plan.new_tokens / median(all_seconds[name])
-    return {"dtype": row.dtype, "rates": rates, "seconds": all_seconds, "peak_rss_bytes": peak_rss_bytes()}
+    return {"dtype": row.dtype, "rates": rates, "seconds": all_seconds, "peak_bytes": peak_bytes(plan.device)}
 
 
 def _mixed(work: Path, names: list[str], dtype: str) -> Any:

@@ -199,7 +199,7 @@ def _with_dtype(result: Result, row: Row) -> str:
 
 
 def _memory(result: Result, rows: Sequence[Row]) -> str:
-    sizes = [answer.get("peak_rss_bytes", 0) for row in rows for answer in result.answers[row.name]]
+    sizes = [answer.get("peak_bytes", 0) for row in rows for answer in result.answers[row.name]]
     return f"{max(sizes) / 1e9:.2f} GB" if any(sizes) else ""
 
 

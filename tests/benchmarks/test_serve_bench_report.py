@@ -15,7 +15,7 @@ RIGHT = {"share": 1.0, "gap": 0.0, "exact": 16, "answers": 16}
 
 def rates(**found: float) -> dict[str, Any]:
     """What a row's process answers."""
-    return {"dtype": "bfloat16", "rates": found, "wall_s": 9.0, "peak_rss_bytes": int(1e9)}
+    return {"dtype": "bfloat16", "rates": found, "wall_s": 9.0, "peak_bytes": int(1e9)}
 
 
 def result_of(**answers: list[dict[str, Any]]) -> Result:
