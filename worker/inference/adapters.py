@@ -83,6 +83,7 @@ class ResidentAdapters:
         self._reading: dict[str, Future[_Read]] = {}
         self._first: frozenset[str] = frozenset()  # what the first that waits needs: evicted for nobody else
         self._soon: frozenset[str] = frozenset()  # what is needed near the front: evicted last
+        self._lacked_room = False  # since `prefetch` was last called
         self._loaders = _loaders()
 
     @property
@@ -143,6 +144,9 @@ class ResidentAdapters:
                 continue  # as `acquire` decides too: what one of them starts the other must not drop
             window.update(dict.fromkeys(absent))
             soon.update(needed)
+        if self._lacked_room and first != self._first:
+            self._on_read()  # what was kept for another may now make way
+        self._lacked_room = False
         self._first, self._soon = first, frozenset(soon)
         for name in [name for name in self._reading if name not in window]:
             if self._reading[name].done() or self._reading[name].cancel():
@@ -176,6 +180,7 @@ class ResidentAdapters:
         reads = {name: self._reading[name].result() for name in absent}
         try:
             if not self._make_room(shares, sum(read.packed.size_bytes for read in reads.values())):
+                self._lacked_room = True
                 return Readiness.NO_ROOM
             for name, read in reads.items():
                 self._attach(name, read)

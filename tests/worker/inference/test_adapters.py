@@ -206,6 +206,33 @@ def test_reads_for_cancelled_requests_do_not_keep_others_from_being_read(
     assert read(wanted).finish_reason == "length"
 
 
+def test_a_request_does_not_wait_for_the_place_of_one_that_left(
+    base: BaseModel, shelf: AdapterShelf, start: StartEngine, close_gate: CloseGate
+) -> None:
+    """The adapter that was kept for the first in the queue makes way once that is cancelled, though nothing runs."""
+    kept, wanted = shelf.make("kept", r=2), shelf.make("wanted", r=2)
+    read_before = threading.Event()
+
+    def locate(version_id: str) -> Path:
+        if version_id == wanted:
+            threading.Timer(0.3, read_before.set).start()
+        return shelf.locate(version_id)
+
+    engine = start(max_rows=1, adapter_cache_bytes=size_bytes(base, shelf, kept), locate=locate)
+    answer(engine, ask("so that it is there", kept))
+    gate = close_gate()
+    streams = [engine.submit(ask("runs", max_tokens=2)), engine.submit(ask("is first", kept))]
+    gate.wait_for_forward()
+    streams.append(engine.submit(ask("is second", wanted, deadline_unix_s=time.time() + 20)))
+    gate.let_pass()
+    gate.wait_for_forward()
+    assert read_before.wait(WAIT_S)
+    streams[1].cancel()
+    gate.open()
+
+    assert [read(stream).finish_reason for stream in (streams[0], streams[2])] == ["length", "length"]
+
+
 # -- without an engine
 
 
