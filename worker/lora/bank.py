@@ -200,6 +200,7 @@ class AdapterBank:
         """
         key = (by_stacks, *((num_tokens, _key(shares)) for num_tokens, shares in runs))
         if self._last is None or self._last[0] != key:
+            self._last = None  # stays so if this fails: its columns may have gone
             self._last = (key, self._made_route(runs, by_stacks))
         return self._last[1]
 
@@ -280,7 +281,6 @@ class AdapterBank:
         return set(seated)
 
     def _place(self, name: str, columns: slice) -> None:
-        self._columns.of[name] = columns
         packed = self._attached[name]
         for number, kind in enumerate(self._kinds):
             part = packed.parts.get(number)
@@ -288,6 +288,7 @@ class AdapterBank:
                 kind.stack = self._grown(number, kind, part)
             if kind.stack is not None:
                 kind.stack.put(columns, part)
+        self._columns.of[name] = columns  # not before all of it is there: memory may run out in between
 
     def _grown(self, number: int, kind: Kind, part: Part) -> Stack:
         """A stack for the members of a kind that `part` brings too, with what the old one held."""

@@ -17,6 +17,7 @@ from worker.lora import bank as bank_module
 from worker.lora.bank import AdapterBank, Shares
 from worker.lora.manager import AdapterManager
 from worker.lora.spec import LoadedAdapter
+from worker.lora.stack import Stack
 from worker.lora.targets import linear_modules
 from worker.lora.update import weight_OI
 
@@ -169,6 +170,42 @@ def test_any_history_of_steps_leaves_each_step_right(model: Any, bank: AdapterBa
             bank.attach(name, bank.pack(pool[name], name=name))
         chosen = [draws.choice([(), *(shares(name) for name in pool)]) for _ in range(draws.randint(1, 6))]
         check(model, bank, pool, chosen, [(2, shares("a"))] if step % 3 == 0 else [])
+
+
+def test_memory_that_runs_out_in_the_middle_leaves_later_steps_right(
+    model: Any, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever making room for an adapter fails, it is not taken for being there, nor is what it displaced."""
+    monkeypatch.setattr(bank_module, "MOST_COLUMNS", 16)
+    bank, put = bank_on(model), Stack.put
+    for name, adapter in adapters.items():
+        bank.attach(name, bank.pack(adapter, name=name))
+    before, failing = [shares("a"), shares("b")], [shares("a"), shares("d")]
+    num_failures = 0
+    for num_puts in range(100):
+        check(model, bank, adapters, before)
+        left = [True] * num_puts
+
+        def fail_at_last(stack: Stack, columns: slice, part: Any, left: list[bool] = left) -> None:
+            if not left:
+                raise torch.OutOfMemoryError
+            left.pop()
+            put(stack, columns, part)
+
+        monkeypatch.setattr(Stack, "put", fail_at_last)
+        try:
+            with bank.routed([(1, own) for own in failing]):
+                pass
+        except torch.OutOfMemoryError:
+            num_failures += 1
+        monkeypatch.setattr(Stack, "put", put)
+        check(model, bank, adapters, before)
+        check(model, bank, adapters, failing)
+        if left:
+            break
+
+    assert num_failures > 0
+    assert left, "more puts than were tried"
 
 
 def test_an_overflow_stays_in_its_row(model: Any, bank: AdapterBank, adapters: dict[str, LoadedAdapter]) -> None:
