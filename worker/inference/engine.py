@@ -213,9 +213,13 @@ class InferenceEngine:
             return True
         if readiness is not Readiness.READY:
             return readiness is Readiness.LOADING
-        number = self._forward.add_row(len(choice.prompt.ids) + choice.prompt.max_new_tokens)
+        number = None
+        try:
+            number = self._forward.add_row(len(choice.prompt.ids) + choice.prompt.max_new_tokens)
+        finally:
+            if number is None:
+                self._adapters.release(choice.adapters)
         if number is None:
-            self._adapters.release(choice.adapters)
             return False
         assert number == len(self._rows)
         self._waiting.remove(choice)

@@ -18,6 +18,7 @@ from tests.worker.inference.conftest import (
     reference,
 )
 from worker.base_model import BaseModel
+from worker.inference.forward import RowForward
 
 # Of lengths 1 to 30, so that rows of a batch stand at quite different positions.
 PROMPTS = ["a", "Once upon a time", "what is", "the quick brown fox jumps over", "xyz"]
@@ -284,6 +285,30 @@ def test_a_step_that_fails_once_harms_nobody(base: BaseModel, start: StartEngine
 
     assert [read(stream).text for stream in streams] == expected
     assert gate.steps.count((2, 2)) > 0
+
+
+def test_a_row_that_cannot_be_had_leaves_no_adapter_in_use(
+    base: BaseModel, shelf: AdapterShelf, start: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out while rows get room ends what is open, and nothing is held afterwards."""
+    name = shelf.make("one", r=2)
+    expected = reference(base, shelf, "after", name)
+    engine, add_row = start(), RowForward.add_row
+    fails = [True]
+
+    def failing_once(forward: RowForward, num_positions: int) -> int | None:
+        if fails.pop() if fails else False:
+            raise RuntimeError("out of memory")
+        return add_row(forward, num_positions)
+
+    monkeypatch.setattr(RowForward, "add_row", failing_once)
+    error = answer(engine, ask("first", name)).error
+
+    assert error is not None
+    assert error.code == "internal_error"
+    assert answer(engine, ask("after", name)).text == expected
+    engine.close()
+    engine.check()
 
 
 def test_weights_that_overflow_fail_their_own_row_only(
