@@ -298,13 +298,19 @@ class InferenceEngine:
         self._may_admit = True
 
     def _end_all(self, error: Exception) -> None:
-        """End every open answer with an error, and free what they held."""
-        for choice in list(self._waiting):
+        """End every open answer with an error, and free what they held; raises if not all of it can be freed.
+
+        All are told before anything is freed: with a device that is lost, that fails too.
+        """
+        for choice in [*self._waiting, *(row.choice for row in self._rows)]:
             choice.fail(error)
+        for choice in list(self._waiting):
             self._waiting.remove(choice)
             self.meter.ended(choice, "failed")
         for row in reversed(range(len(self._rows))):
-            self._fail(row, error)
+            self._leave(row, "failed")
+        if self._forward.cache.lengths:
+            raise RuntimeError("the cache has rows that nobody has") from error
 
     def _shut(self) -> None:
         """Take no more answers and end the open ones; also when this thread breaks, so that nobody waits forever."""

@@ -1,5 +1,6 @@
 """The engine, over a tiny Llama with real adapters; the reference is Transformers' own `generate`, alone."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -309,6 +310,34 @@ def test_a_row_that_cannot_be_had_leaves_no_adapter_in_use(
     assert answer(engine, ask("after", name)).text == expected
     engine.close()
     engine.check()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_all_are_told_when_nothing_can_be_freed(
+    num_rows: int, start: StartEngine, close_gate: CloseGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a lost device every open answer ends at once, and the engine takes no more instead of failing them all."""
+    engine, gate = start(), close_gate()
+    streams = [engine.submit(ask(f"{i}", max_tokens=100)) for i in range(num_rows)]
+    for _ in range(3):
+        gate.let_pass()
+        gate.wait_for_forward()
+
+    def lost(forward: RowForward, row: int) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(RowForward, "remove_row", lost)
+    gate.fails = lambda ids: True
+    gate.open()
+
+    errors = [read(stream).error for stream in streams]
+    assert [error.code for error in errors if error] == ["internal_error"] * num_rows
+    until = time.time() + 10
+    with contextlib.suppress(Unavailable):
+        while time.time() < until:
+            answer(engine, ask("too late", deadline_unix_s=until))
+    assert time.time() < until
 
 
 def test_weights_that_overflow_fail_their_own_row_only(
