@@ -48,7 +48,11 @@ def _start(request: pytest.FixtureRequest, data_dir: Path) -> Embedded | Distrib
     database_url = request.getfixturevalue("postgres_url")
     broker_url = request.getfixturevalue("broker_url")
     running = Distributed(data_dir, free_port(), database_url=database_url, broker_url=broker_url)
-    wait_for("the API", lambda: _is_ready(running.url), timeout_s=60)
+    try:
+        wait_for("the API", lambda: _is_ready(running.url), timeout_s=180)  # seven programs start, four with torch
+    except BaseException:
+        running.stop()
+        raise
     return running
 
 
