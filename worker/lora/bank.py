@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise, takewhile
+from itertools import accumulate, pairwise, takewhile
 from typing import Final
 
 import torch
@@ -263,9 +263,11 @@ class AdapterBank:
         """Lay the stacks out again for as many of the wanted adapters as they may hold."""
         seated: dict[str, int] = {}
         most, before = MOST_COLUMNS if self._device.type == "cpu" else GPU_COLUMNS, self._columns.capacity
-        for name, rank in sorted(wanted.items(), key=lambda one: one[1]):
+        for name, rank in sorted(wanted.items(), key=lambda one: (one[0] not in self._columns.of, one[1])):
             if sum(seated.values()) + rank <= most:
                 seated[name] = rank
+        if seated.keys() <= self._columns.of.keys():
+            return set(seated)  # there is no room for more
         needed = -(-sum(seated.values()) // 16) * 16
         if self._device.type != "cpu":  # seldom another size, since captured graphs read the stacks where they lie
             needed = max(before, 1 << (max(64, needed) - 1).bit_length())
@@ -274,16 +276,14 @@ class AdapterBank:
         else:
             self._drop_stacks()
             self._columns.capacity = min(most, needed)
-        start = 0
-        for name, rank in seated.items():
-            self._place(name, slice(start, start + rank))
-            start += rank
+        ends = accumulate(seated.values(), initial=0)
+        for name, (start, end) in zip(seated, pairwise(ends), strict=True):
+            self._place(name, slice(start, end))
         return set(seated)
 
     def _place(self, name: str, columns: slice) -> None:
-        packed = self._attached[name]
         for number, kind in enumerate(self._kinds):
-            part = packed.parts.get(number)
+            part = self._attached[name].parts.get(number)
             if part is not None and (kind.stack is None or not set(part.members) <= set(kind.stack.members)):
                 kind.stack = self._grown(number, kind, part)
             if kind.stack is not None:

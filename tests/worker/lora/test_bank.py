@@ -157,6 +157,23 @@ def test_more_ranks_than_the_stacks_hold(
     check(model, bank, adapters, [shares("a"), shares("c")])
 
 
+def test_stacks_that_are_full_are_not_laid_out_again(
+    model: Any, bank: AdapterBank, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the same adapters decode, whoever joins them; adapters that take their place do change it."""
+    monkeypatch.setattr(bank_module, "MOST_COLUMNS", 10)
+    steps = [[shares(name) for name in names] for names in ("abcd", "dcab", "cab", "abbc")]
+    check(model, bank, adapters, steps[0])
+    before = bank.num_layouts
+
+    for step in steps:
+        check(model, bank, adapters, step)
+    assert bank.num_layouts == before
+
+    check(model, bank, adapters, [shares("c"), shares("d")])
+    assert bank.num_layouts > before
+
+
 def test_any_history_of_steps_leaves_each_step_right(model: Any, bank: AdapterBank,
                                                      adapters: dict[str, LoadedAdapter]) -> None:  # fmt: skip
     """Rows that join and leave, adapters that come, go and come back under their name with other weights."""
