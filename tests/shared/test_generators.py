@@ -68,7 +68,9 @@ def test_nobody_is_preferred_without_need(generators: Generators) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [{"running": 4}, {"running": 2, "waiting": 2}, {"seats": 0}, {"base": OTHER_BASE}], ids=str
+    "state",
+    [{"running": 4}, {"running": 2, "waiting": 2}, {"seats": 0}, {"base": OTHER_BASE}],
+    ids=["full", "full with those that wait", "about to leave", "of another base"],
 )
 def test_who_has_no_row_for_it_is_not_preferred(generators: Generators, state: dict[str, Any]) -> None:
     """A holder that is full, about to leave, or holds it for another base model gets no request ahead of others."""
