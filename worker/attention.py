@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from worker.kernels import varlen
 from worker.kernels.attention import LONGEST, segment_attention
 from worker.kernels.row_attention import Rows
+from worker.kernels.softcap import softcapped_attention
 
 NAME: Final = "lorad"
 """What to give a model as `attn_implementation`; importing this module registers it."""
@@ -183,34 +184,11 @@ def _attend(
 ) -> torch.Tensor:
     """Attention of every query over every key that `mask` allows; without a mask, causally. Result (B, Q, H, D)."""
     if softcap is not None:
-        return _attend_softcapped(query, key, value, mask, dropout, scaling, is_causal is not False, softcap)
+        if mask is None and is_causal is not False and query.shape[2] > 1:
+            mask = _tokens_behind(query.shape[2], key.shape[2], query.device) >= 0
+        return softcapped_attention(query, key, value, mask, scaling=scaling, softcap=softcap, dropout=dropout)
     output, _ = _sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal)
     return output  # type: ignore[no-any-return]  # transformers ships no types
-
-
-def _attend_softcapped(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool,
-    softcap: float,
-) -> torch.Tensor:
-    """The same step by step, since torch's fused attention has no soft cap (Gemma 2, arXiv:2408.00118, sec. 2)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores_BHQK = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores_BHQK = softcap * torch.tanh(scores_BHQK / softcap)
-    if mask is None and is_causal and query.shape[2] > 1:
-        mask = _tokens_behind(query.shape[2], key.shape[2], query.device) >= 0
-    if mask is not None:
-        lowest = torch.finfo(scores_BHQK.dtype).min
-        scores_BHQK = scores_BHQK.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores_BHQK + mask
-    weights_BHQK = torch.softmax(scores_BHQK, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights_BHQK = torch.nn.functional.dropout(weights_BHQK, p=dropout, training=dropout > 0)
-    return (weights_BHQK @ value).transpose(1, 2).contiguous()
 
 
 def _tokens_behind(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:

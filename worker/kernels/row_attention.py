@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels import varlen
+from worker.kernels.softcap import softcapped_attention
 
 M = TypeVar("M")
 
@@ -194,7 +195,7 @@ def _additive(positions: Tensor, num_keys: int, window: int | None, dtype: torch
 
 def attended(query: Tensor, key: Tensor, value: Tensor, mask: Mask,
              scaling: float | None, softcap: float | None) -> Tensor:  # fmt: skip
-    """torch's fused attention, or step by step where a soft cap is asked for (Gemma 2, arXiv:2408.00118, sec. 2)."""
+    """torch's fused attention, or step by step where a soft cap is asked for."""
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
         options: dict[str, Any] = {"enable_gqa": True} if groups > 1 else {}
@@ -202,10 +203,4 @@ def attended(query: Tensor, key: Tensor, value: Tensor, mask: Mask,
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, **options)
         return out.transpose(1, 2)
     assert not isinstance(mask, str)
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2)
+    return softcapped_attention(query, key, value, mask, scaling=scaling, softcap=softcap)
