@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from shared.errors import AdapterCorrupt, NotFound
 from tests.worker.inference.conftest import (
@@ -18,21 +17,11 @@ from tests.worker.inference.conftest import (
     read,
     reference,
 )
+from tests.worker.inference.residents import size_bytes
 from worker.base_model import BaseModel
 from worker.inference.adapters import READ_AHEAD, Readiness, ResidentAdapters, Shares
-from worker.lora.bank import AdapterBank
-from worker.lora.format import read_adapter
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def size_bytes(base: BaseModel, shelf: AdapterShelf, name: str) -> int:
-    """What an adapter takes in the model's memory."""
-    bank = AdapterBank(base.model, lambda: base.model(torch.zeros(1, 2, dtype=torch.long)))
-    try:
-        return bank.pack(read_adapter(shelf.directory / name), name=name).size_bytes
-    finally:
-        bank.close()
 
 
 def test_an_adapter_is_located_once_while_it_stays_in_memory(shelf: AdapterShelf, start: StartEngine) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.worker.inference.conftest import AdapterShelf, StartEngine, ask, read
-from tests.worker.inference.test_adapters import bank_of, size_bytes
+from tests.worker.inference.residents import bank_of, size_bytes
 from worker.base_model import BaseModel
 from worker.inference.engine import InferenceEngine
 from worker.inference.stream import ChunkStream

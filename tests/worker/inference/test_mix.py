@@ -14,7 +14,7 @@ from shared import limits
 from shared.errors import IncompatibleAdapter
 from shared.specs import AdapterShare, GenerationRequest
 from tests.worker.inference.conftest import AdapterShelf, StartEngine, answer, ask, generated_by_transformers, read
-from tests.worker.inference.test_adapters import acquire, bank_of, shares, size_bytes
+from tests.worker.inference.residents import acquire, bank_of, shares, size_bytes
 from worker.base_model import BaseModel
 from worker.inference.adapters import READ_AHEAD, Readiness, ResidentAdapters
 from worker.lora.format import read_adapter

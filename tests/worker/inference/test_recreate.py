@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import NotFound
 from tests.worker.inference.conftest import WAIT_S, AdapterShelf, StartEngine, answer, ask, read, reference
-from tests.worker.inference.test_adapters import size_bytes
+from tests.worker.inference.residents import size_bytes
 from worker.base_model import BaseModel
 from worker.inference.engine import InferenceEngine
 

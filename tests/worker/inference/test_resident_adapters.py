@@ -3,7 +3,6 @@
 import hashlib
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,31 +16,13 @@ from tests.worker.inference.conftest import (
     WAIT_S,
     AdapterShelf,
 )
+from tests.worker.inference.residents import acquire, bank_of, shares
 from worker.base_model import BaseModel
-from worker.inference.adapters import READ_AHEAD, Readiness, ResidentAdapters, Shares
+from worker.inference.adapters import READ_AHEAD, Readiness, ResidentAdapters
 from worker.lora.bank import AdapterBank
 from worker.lora.format import AdapterFiles, StoredAdapter, read_adapter
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-def bank_of(base: BaseModel) -> AdapterBank:
-    """A bank over the model, which computes as before once the bank is closed."""
-    return AdapterBank(base.model, lambda: base.model(torch.zeros(1, 2, dtype=torch.long)))
-
-
-def shares(*names: str) -> Shares:
-    return [AdapterShare(version_id=name) for name in names]
-
-
-def acquire(adapters: ResidentAdapters, *names: str) -> Readiness:
-    """Ask until it is no longer being read."""
-    for _ in range(1000):
-        readiness = adapters.acquire(shares(*names))
-        if readiness is not Readiness.LOADING:
-            return readiness
-        time.sleep(0.01)
-    raise AssertionError("never read")
 
 
 StartAdapters = Callable[..., ResidentAdapters]
