@@ -56,6 +56,7 @@ class Desk:
         self._load = load
         self._loading = threading.Lock()
         self._engines: dict[str, Engine] = {}
+        self._counting = threading.Lock()
         self._outcomes: Counter[str] = Counter()
         self._rates: dict[str, _Rate] = {}
         self._started_unix_s = time.time()
@@ -82,7 +83,8 @@ class Desk:
                 log.warning("request %s was not taken: %s", request.request_id, error.message)
                 return
             self._answer(request, delivery)
-        self._outcomes[str(delivery.outcome)] += 1
+        with self._counting:
+            self._outcomes[str(delivery.outcome)] += 1
         self._rate(request.base_model_id).add(1)
 
     def _answer(self, request: GenerationRequest, delivery: Delivery) -> None:
@@ -113,6 +115,8 @@ class Desk:
 
     def report(self) -> GeneratorReport:
         """What others may know of this generator, now."""
+        with self._counting:
+            outcomes = dict(self._outcomes)
         return GeneratorReport(
             generator_id=self.generator_id,
             host=socket.gethostname(),
@@ -120,7 +124,7 @@ class Desk:
             started_unix_s=self._started_unix_s,
             seats=0 if self._leaving.is_set() else self._seats,
             seats_taken=self._outbox.num_open,
-            outcomes=dict(self._outcomes),
+            outcomes=outcomes,
             engines=[self._engine_report(*one) for one in list(self._engines.items())],
         )
 

@@ -185,7 +185,7 @@ class InferenceEngine:
         for number in reversed(range(len(self._rows))):
             if self._rows[number].choice.is_gone:
                 self._leave(number, "cancelled")
-        for choice in [choice for choice in self._waiting if choice.is_gone]:
+        for choice in [choice for choice in self._waiting.everyone() if choice.is_gone]:
             self._waiting.remove(choice)
             self.meter.ended(choice, "cancelled")
 
@@ -206,7 +206,7 @@ class InferenceEngine:
         try:
             readiness = self._adapters.acquire(choice.adapters) if choice.adapters else Readiness.READY
         except Exception as error:
-            for other in [other for other in self._waiting if other.adapters == choice.adapters]:
+            for other in [other for other in self._waiting.everyone() if other.adapters == choice.adapters]:
                 other.fail(error)
                 self._waiting.remove(other)
                 self.meter.ended(other, "failed")
@@ -302,9 +302,9 @@ class InferenceEngine:
 
         All are told before anything is freed: with a device that is lost, that fails too.
         """
-        for choice in [*self._waiting, *(row.choice for row in self._rows)]:
+        for choice in [*self._waiting.everyone(), *(row.choice for row in self._rows)]:
             choice.fail(error)
-        for choice in list(self._waiting):
+        for choice in self._waiting.everyone():
             self._waiting.remove(choice)
             self.meter.ended(choice, "failed")
         for row in reversed(range(len(self._rows))):
@@ -336,7 +336,7 @@ class InferenceEngine:
         """None: nothing waits. At most a minute, since a deadline may lie further off than a lock can wait."""
         if not len(self._waiting):
             return None
-        earliest = min(choice.request.deadline_unix_s for choice in self._waiting)
+        earliest = min(choice.request.deadline_unix_s for choice in self._waiting.everyone())
         return min(60.0, max(0.0, earliest - time.time()))
 
     def _wake(self) -> None:

@@ -128,6 +128,10 @@ class FairQueue(Generic[C]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def everyone(self) -> list[C]:
+        """The choices that wait, in order of arrival: cheaper than in the order in which they should be served."""
+        return [place.choice for place in self._places.values()]
+
     def __contains__(self, choice: object) -> bool:
         return id(choice) in self._places
 

@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from typing import Final
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 MOST_ON_DIAGONAL: Final = 160
+"""Columns of all members together up to which zeros beside the diagonal cost less than another product."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Part:
     def is_finite(self) -> bool:
         return all(torch.stack(torch.aminmax(half)).isfinite().all() for half in (self.a_NMI, *self.b_NrO))
 
-    def add(self, layer: int, x_TI: Tensor, y_TO: Tensor, sizes: Sequence[int], *, places: slice | Tensor,
+    def add(self, layer: int, x_TI: Tensor, y_TO: Tensor, sizes: tuple[int, ...], *, places: slice | Tensor,
             weight: float) -> None:  # fmt: skip
         """y[places] += weight s (x[places] A^T) B^T, for each member on its part of y, in place."""
         low = x_TI[places] @ self.a_NMI[layer].t()
@@ -78,7 +80,7 @@ class Stack:
     small: one product more costs more than the zeros. Else there is one (N, R, O) for each member.
     """
 
-    def __init__(self, members: Sequence[int], sizes: Sequence[int], *, num_layers: int, in_features: int,
+    def __init__(self, members: Sequence[int], sizes: tuple[int, ...], *, num_layers: int, in_features: int,
                  num_columns: int, dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
         """`sizes`: the out features of every member of the site, of which `members` have updates."""
         self.members = tuple(members)
@@ -157,6 +159,8 @@ class Columns:
         return start if self.capacity - start >= width else None
 
 
-def _columns(member: int, sizes: Sequence[int]) -> slice:
+@cache
+def _columns(member: int, sizes: tuple[int, ...]) -> slice:
+    """The part of a site's output that is one member's; kept, since every layer of every step asks."""
     ends = list(accumulate(sizes, initial=0))
     return slice(ends[member], ends[member + 1])
