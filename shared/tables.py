@@ -233,3 +233,23 @@ class IdempotencyKey(Table):
     status: Mapped[int | None]
     response: Mapped[dict[str, Any] | None]
     created_at: Mapped[int]
+
+
+class AuditEvent(Table):
+    """Who changed what, or was refused. Append-only, and holds no bodies and no secrets.
+
+    `tenant` null: nobody's, such as a refused login or a base model. `actor` is a key's id, 'local' without keys,
+    'cli:<user>', or 'unknown'. `status` is the answer's, null for the command line.
+    """
+
+    __tablename__ = "audit_events"
+    __table_args__ = (Index(None, "created_at", "id"), Index(None, "tenant", "created_at", "id"))
+    id: Mapped[str] = mapped_column(primary_key=True)
+    created_at: Mapped[int]
+    tenant: Mapped[str | None]
+    actor: Mapped[str]
+    action: Mapped[str]
+    object_id: Mapped[str | None]
+    status: Mapped[int | None]
+    request_id: Mapped[str | None]
+    remote_addr: Mapped[str | None]
