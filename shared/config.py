@@ -50,6 +50,12 @@ class Settings:
     hung_s: float = 600.0
     """A trainer whose forward and backward takes longer than this, and than 20 times the usual, ends itself."""
     max_queued_jobs: int = 1000
+    max_running_jobs: int = 0
+    """Jobs of one tenant that run at once; 0 is no cap."""
+    max_job_s: float | None = None
+    """How long a job may run, all its attempts together, before it is cancelled with the error `time_limit`."""
+    min_free_bytes: int = 1 << 30
+    """A trainer claims nothing while the data directory has less free space; 0 is no mark."""
     max_queued_requests: int = 1000
     """Generation requests that may wait for one base model; more are answered 429."""
     base_url: str = "http://127.0.0.1:8321/v1"
@@ -108,14 +114,15 @@ _POSITIVE_INTS = (
     "max_queued_jobs",
     "max_queued_requests",
 )
-_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s", "hung_s", "generate_hung_s")
+_INTS_OR_OFF = ("max_running_jobs", "min_free_bytes")
+_POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s", "hung_s", "generate_hung_s", "max_job_s")
 _TEXTS = ("database_url", "broker_url", "host", "base_url", "api_key")
 _SCHEMES = {
     "database_url": ("sqlite:////", "postgresql://", "postgresql+psycopg://", "postgres://"),
     "broker_url": ("redis://", "rediss://", "unix:///"),
 }
 """Absolute paths only: the programs start in different directories."""
-_FIELDS = ("data_dir", "port", *_CHOICES, *_POSITIVE_INTS, *_POSITIVE_FLOATS, *_TEXTS)
+_FIELDS = ("data_dir", "port", *_CHOICES, *_POSITIVE_INTS, *_INTS_OR_OFF, *_POSITIVE_FLOATS, *_TEXTS)
 
 
 def _variable(field: str) -> str:
@@ -133,7 +140,7 @@ def _read(env: Mapping[str, str]) -> Settings:
             problems.append(f"{_variable(field)}={given[field]!r}: allowed are {', '.join(choices)}")
         elif field in given:
             values[field] = given[field]
-    for field in (*_POSITIVE_INTS, "port"):
+    for field in (*_POSITIVE_INTS, *_INTS_OR_OFF, "port"):
         if field in given:
             values[field] = _integer(field, given[field], problems)
     for field in _POSITIVE_FLOATS:
@@ -160,9 +167,9 @@ def _read(env: Mapping[str, str]) -> Settings:
 
 
 def _integer(field: str, text: str, problems: list[str]) -> int:
-    upper = 65535 if field == "port" else 1 << 62
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= upper):
-        problems.append(f"{_variable(field)}={text!r}: a whole number from 1 to {upper} is needed")
+    lower, upper = int(field not in _INTS_OR_OFF), 65535 if field == "port" else 1 << 62
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and lower <= int(text) <= upper):
+        problems.append(f"{_variable(field)}={text!r}: a whole number from {lower} to {upper} is needed")
         return 1
     return int(text)
 
