@@ -12,7 +12,7 @@ from api.schemas.job_views import CheckpointObject, FineTuningJob, JobEventObjec
 from api.schemas.jobs import CheckpointQuery, EventQuery, JobListQuery, JobRequest, WaitQuery
 from api.schemas.wire import Listed
 from api.submission import new_job
-from shared import jobs
+from shared import failpoints, jobs
 from shared.db import Tx
 from shared.store import base_models
 from shared.tables import Job, JobState
@@ -27,9 +27,12 @@ def create(call: Call, body: JobRequest, attempt: Attempt) -> FineTuningJob | Jo
 
     def submit(tx: Tx) -> FineTuningJob:
         job = jobs.submit(tx, new_job(tx, call.tenant, body), max_queued=call.services.max_queued_jobs)
-        return _view(tx, job, with_position=True)
+        answer = _view(tx, job, with_position=True)
+        failpoints.hit("submit.before_commit")
+        return answer
 
     answer = attempt.once(call, body.model_dump(mode="json", exclude_unset=True), submit)
+    failpoints.hit("submit.after_commit")
     call.queue.ring_trainers()
     return answer
 

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, StatementError
 
-from shared import db, jobs
+from shared import db, failpoints, jobs
 from shared.config import Settings
 from shared.errors import AdapterCorrupt, CancelRequested, InvalidRequest, NotFound, OwnershipLost, TrainingFailed
 from shared.jobs import Claim
@@ -136,6 +136,7 @@ class JobRun:
 
     def _on_step(self, report: StepReport) -> None:
         self._report = report
+        failpoints.hit("train.step")
 
     def _add_event(
         self, level: Level, type: Literal["message", "metrics"], message: str, data: dict[str, Any] | None = None
@@ -278,12 +279,16 @@ class JobRun:
                 purpose="fine-tune-results", filename="step_metrics.csv",
             )  # fmt: skip
             jobs.succeed(tx, claim, prepared, result_file_ids=[table.id], trained_tokens=result.trained_tokens)
+            failpoints.hit("publish.in_transaction")
 
         self._end(lambda tx: None)  # the events, so that no answer but the commit's can be lost below
+        failpoints.hit("publish.before_commit")
         try:
             self._end(commit)
         except CancelRequested:
             self._end(lambda tx: jobs.stop_cancelled(tx, claim))
+        else:
+            failpoints.hit("publish.after_commit")
 
     def _stop_as_ordered(self, order: Order | None) -> None:
         if order is Order.CANCEL:

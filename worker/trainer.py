@@ -14,7 +14,7 @@ from collections.abc import Callable
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine
 
-from shared import db, jobs
+from shared import db, failpoints, jobs
 from shared.config import Settings
 from shared.jobs import Claim
 from shared.queue import INSPECT_QUEUE, INSPECT_TASK, TRAIN_QUEUE, TRAIN_TASK, Queue, celery_app
@@ -57,6 +57,7 @@ class Trainer:
             return
         try:
             while not self._stopping.is_set() and (claim := self._claim()) is not None:
+                failpoints.hit("job.claimed")
                 log.info("claimed %s, attempt %d", claim.job_id, claim.attempt)
                 if self._has_free_slot():
                     self._ring()
