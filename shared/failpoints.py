@@ -3,8 +3,8 @@
 `LORAD_FAILPOINT=publish.before_rename:stop` acts at the first arrival at that point; `...:stop:3` at the third. Several
 are separated by commas. Unset, as in production, a point costs one look into an empty dictionary.
 
-Actions: `kill` and `stop` are SIGKILL and SIGSTOP to this very process, `exit` ends it at once, `eio` and `enospc` raise
-the OSError, `memory` raises MemoryError.
+Actions: `kill` and `stop` are SIGKILL and SIGSTOP to this very process, `exit` ends it at once, `eio` and `enospc`
+raise the OSError, `memory` raises MemoryError.
 
     submit.before_commit      a job and the answer kept for its key are written, in the transaction that makes them
     submit.after_commit       the job is queued, no doorbell has rung for it
@@ -12,7 +12,7 @@ the OSError, `memory` raises MemoryError.
     train.step                after an optimizer step, on the engine's thread
     checkpoint.written        the checkpoint's files are written, none is durable
     adapter.before_fsync      the adapter's files are written, none is durable
-    publish.before_fsync      each file and directory of a publication (checkpoint, adapter, base model) before its fsync
+    publish.before_fsync      each file and directory of a publication (checkpoint, adapter, base), before its fsync
     publish.before_fsync_dir  each directory of it, before that
     adapter.before_rename     the adapter and its manifest are durable under tmp
     publish.before_rename     each publication, right before its rename
