@@ -129,6 +129,7 @@ class Job(Table):
     heartbeat_at: Mapped[int | None]
     not_before: Mapped[int] = mapped_column(default=0)
     runs_alone: Mapped[bool] = mapped_column(default=False)
+    storage_failures: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     cancel_requested_at: Mapped[int | None]
     pause_requested_at: Mapped[int | None]
     rung_at: Mapped[int | None]
