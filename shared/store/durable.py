@@ -4,6 +4,7 @@ The order is fsync of each file, of each directory, rename, fsync of the parent.
 the same file: the kernel may have dropped the pages and answer success (PostgreSQL wiki, "Fsync Errors").
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -12,12 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 from shared import failpoints
 from shared.store.layout import Layout
 
 BLOCK_BYTES = 1 << 20
+
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+FAILED: Final = FULL | {errno.EIO, errno.EROFS, errno.ESTALE}
+"""What the disk answers when it is full, and when it is full or does not work: the same write may succeed later."""
 
 
 @contextmanager
@@ -33,7 +38,7 @@ def staging(layout: Layout) -> Iterator[Path]:
 def publish(staged: Path, final: Path) -> None:
     """Make `staged` (file or directory) durable and rename it to `final`, which must not exist.
 
-    Raises OSError; then `final` does not exist, unless only the last fsync failed.
+    Raises OSError; then `final` does not exist.
     """
     make_durable(staged)
     place(staged, final)
@@ -54,7 +59,10 @@ def make_durable(path: Path) -> None:
 
 
 def place(staged: Path, final: Path) -> None:
-    """Rename what is durable already to `final`, which must not exist, and make the new name durable."""
+    """Rename what is durable already to `final`, which must not exist, and make the new name durable.
+
+    If the name cannot be made durable, nothing is left: a failed fsync says nothing good of what it should have written.
+    """
     if not final.parent.is_dir():
         final.parent.mkdir(mode=0o700, exist_ok=True)
         sync(final.parent.parent)
@@ -62,8 +70,12 @@ def place(staged: Path, final: Path) -> None:
         raise FileExistsError(f"{final.name} exists already")
     failpoints.hit("publish.before_rename")
     os.rename(staged, final)
-    failpoints.hit("publish.after_rename")
-    sync(final.parent)
+    try:
+        failpoints.hit("publish.after_rename")
+        sync(final.parent)
+    except OSError:
+        _remove(final)
+        raise
 
 
 def sync(path: Path) -> None:
@@ -104,6 +116,18 @@ def inventory(directory: Path) -> dict[str, dict[str, Any]]:
         for path in sorted(directory.rglob("*"))
         if not path.is_dir() or path.is_symlink()
     }
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """True if the disk is full or does not work; what failed may succeed once that is mended."""
+    return isinstance(error, OSError) and error.errno in FAILED
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:
