@@ -136,20 +136,19 @@ def slow_and_reset(bench: Bench) -> None:
         }
         lab.trainer(slots=2, **way)
         lab.sweeper(**way)
-        ids = lab.submit(6, seconds=2)
+        ids = lab.submit(4, seconds=8)
         lab.wait_for_step(ids[0], 1)
         for proxy in (to_database, to_broker) * 4:
-            step = lab.row(ids[0]).step
+            before = _standing(lab)
             proxy.reset_all()
-            wait_until("the next steps", lambda before=step: _has_moved(lab, ids[0], before), at_most_s=PATIENCE_S)
+            wait_until("progress", lambda then=before: _standing(lab) != then, at_most_s=PATIENCE_S)
 
         lab.wait_succeeded(ids, at_most_s=150)
         assert {lab.row(job_id).attempt for job_id in ids} == {1}
 
 
-def _has_moved(lab: Lab, job_id: str, step: int) -> bool:
-    row = lab.row(job_id)
-    return row.step > step or row.state != JobState.RUNNING
+def _standing(lab: Lab) -> list[tuple[str, int]]:
+    return [(row.state, row.step) for row in lab.rows()]
 
 
 def _port(url: str) -> int:

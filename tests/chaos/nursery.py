@@ -1,7 +1,7 @@
 """Starts the service's programs by fork from a process that has imported them, in milliseconds instead of seconds.
 
 Each child is a process of its own that runs the program's own `main` with its own environment, log and failpoints.
-Reads one JSON object a line on standard input and answers each with one; at the end of its input it kills what runs.
+Reads one JSON object a line on standard input and answers each with one of its number; kills what runs at the end.
 """
 
 import ctypes
@@ -72,7 +72,8 @@ def _api() -> None:
     from shared.cli.servers import api_command
     from shared.config import Settings
 
-    _python, _m, module, *sys.argv[1:] = api_command(Settings.from_env())
+    _, _, module, *arguments = api_command(Settings.from_env())  # python -m gunicorn ...
+    sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -176,7 +177,7 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         answer = {"code": nursery.code(order["pid"])} if "pid" in order else {"pid": nursery.start(order)}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps({"number": order["number"], **answer}), flush=True)
     nursery.kill_all()
 
 

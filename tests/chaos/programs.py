@@ -31,6 +31,7 @@ class Nursery:
 
     def __init__(self, log: Path) -> None:
         self._lock = threading.Lock()
+        self._num_asked = 0
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAD_")}
         self._log = log.open("wb")
         self._process = subprocess.Popen(
@@ -59,9 +60,14 @@ class Nursery:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with self._lock:
-            self._process.stdin.write(json.dumps(order) + "\n")
+            self._num_asked += 1
+            number = self._num_asked
+            self._process.stdin.write(json.dumps({"number": number, **order}) + "\n")
             self._process.stdin.flush()
-            return dict(json.loads(self._process.stdout.readline()))
+            while True:  # whoever asked before may have been interrupted before it read its answer
+                answer = dict(json.loads(self._process.stdout.readline()))
+                if answer["number"] == number:
+                    return answer
 
     def start(self, name: str, *, log: Path, env: Mapping[str, str], **order: Any) -> "Process":
         """Start one of the nursery's programs, or `call="module:function"` with `arguments`."""

@@ -5,7 +5,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -22,16 +22,12 @@ class _Pair:
     server: socket.socket
     is_marked: bool = False
     drops_answers: bool = False
-    closed: threading.Event = field(default_factory=threading.Event)
 
     def reset(self) -> None:
         """Break both connections, and wake whoever reads from them."""
-        if self.closed.is_set():
-            return
-        self.closed.set()
         for end in (self.client, self.server):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             with suppress(OSError):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
@@ -72,6 +68,8 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_cut = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # else `accept` would wait on
         self._listener.close()
         self._flowing.set()
         self.reset_all()

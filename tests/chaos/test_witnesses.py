@@ -146,6 +146,7 @@ def echo() -> Iterator[int]:
 
     threading.Thread(target=serve, daemon=True).start()
     yield int(listener.getsockname()[1])
+    listener.shutdown(socket.SHUT_RDWR)
     listener.close()
 
 
