@@ -103,6 +103,7 @@ class Job(Table):
         ),
         Index(None, "tenant", "created_at", "id"),
         Index(None, "state", "priority", "created_at"),
+        Index(None, "tenant", "started_at"),
     )  # fmt: skip
     id: Mapped[str] = mapped_column(primary_key=True)
     tenant: Mapped[str]

@@ -1,5 +1,6 @@
 """Which job a trainer gets next."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,33 +44,54 @@ def backoff_s(attempt: int, lease_s: float) -> float:
     return min(lease_s / 2 * 2.0 ** (attempt - 1), MAX_BACKOFF_S)
 
 
-def claim_next(tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None = None) -> Claim | None:
+def claim_next(
+    tx: Tx, *, trainer: str, lease_s: float, holds_base: str | None = None, max_running: int = 0
+) -> Claim | None:
     """The next job for this trainer, now running under its lease, or None. Call until None: a doorbell says 'look'.
 
     Order: priority; jobs of the base model `holds_base` before others that have waited less than a minute; the tenant
-    with the fewest running jobs, then the one served longest ago; age. `trainer` names one process.
+    with the fewest running jobs, then the one served longest ago; age. Tenants with `max_running` running jobs are
+    passed over; 0 is no cap. `trainer` names one process.
 
     While a trainer has running jobs it gets more of the base that it holds only, and none that runs alone. Once a job
     that it cannot take has waited a minute it gets nothing more, so that it comes free. A job that runs alone keeps its
     trainer to itself.
     """
-    if tx.get_bind().dialect.name == "postgresql":
-        # Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway.
-        tx.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+    _lock_claims(tx)
     alone = list(tx.scalars(select(Job.runs_alone).where(Job.state == JobState.RUNNING, Job.lease_owner == trainer)))
     if any(alone):
         return None
-    while (job := _next(tx, holds_base=holds_base, is_busy=bool(alone))) is not None:
+    while (job := _next(tx, holds_base=holds_base, is_busy=bool(alone), max_running=max_running)) is not None:
         claimed = _take(tx, job, trainer=trainer, lease_s=lease_s)
         if claimed is not None:
             return claimed
     return None
 
 
-def _next(tx: Tx, *, holds_base: str | None, is_busy: bool) -> Job | None:
+def take_back(tx: Tx, *, trainer: str, held: Collection[str]) -> int:
+    """Put jobs back in the queue that run under this trainer's name though it does not hold them; returns how many.
+
+    That is what is left of a claim whose COMMIT was done and whose answer was lost. The attempt is not charged.
+    """
+    _lock_claims(tx)  # a COMMIT without an answer may still be under way
+    mine = select(Job).where(Job.state == JobState.RUNNING, Job.lease_owner == trainer, Job.id.not_in(held))
+    unheld = tx.scalars(mine, execution_options={"populate_existing": True}).all()
+    message = "The job was put back in the queue: the answer to its trainer's claim was lost"
+    for job in unheld:
+        follow(tx, "give_back", job.id, fence=job.fence, values={"attempt": Job.attempt - 1}, message=message)
+    return len(unheld)
+
+
+def _lock_claims(tx: Tx) -> None:
+    """Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway."""
+    if tx.get_bind().dialect.name == "postgresql":
+        tx.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+
+
+def _next(tx: Tx, *, holds_base: str | None, is_busy: bool, max_running: int) -> Job | None:
     """The best candidate; None also when it needs an idle trainer and has waited long enough to be kept one."""
-    now = now_ms(tx)
-    candidates = _candidates(tx, holds_base, now)
+    line = claimable(now_ms(tx), holds_base=holds_base, max_running=max_running)
+    candidates = line.with_for_update(of=Job, skip_locked=True)
     found = tx.execute(candidates.limit(1)).first()
     if found is None or not is_busy or (found[0].base_model_id == holds_base and not found[0].runs_alone):
         return None if found is None else found[0]
@@ -80,32 +102,36 @@ def _next(tx: Tx, *, holds_base: str | None, is_busy: bool) -> Job | None:
     return None if found is None else found[0]
 
 
-def _candidates(tx: Tx, holds_base: str | None, now: ColumnElement[int]) -> Select[Job, int]:
+def claimable(now: ColumnElement[int], *, holds_base: str | None = None, max_running: int = 0) -> Select[Job, int]:
+    """Jobs that an idle trainer may claim, the next in line first, and for how many ms each has waited."""
     other = aliased(Job)
-    same_tenant = other.tenant == Job.tenant
-    running = select(func.count()).where(same_tenant, other.state == JobState.RUNNING).select_from(other)
-    last_served = select(func.coalesce(func.max(other.started_at), 0)).where(same_tenant)
+    # Counted once for all tenants, and the last start is one look into an index: there may be thousands of jobs here.
+    counts = select(other.tenant, func.count().label("running")).where(other.state == JobState.RUNNING)
+    counted = counts.group_by(other.tenant).subquery()
+    running = func.coalesce(counted.c.running, 0)
+    last_served = select(func.coalesce(func.max(other.started_at), 0)).where(other.tenant == Job.tenant)
     ready_at = case((Job.not_before > Job.created_at, Job.not_before), else_=Job.created_at)
     waited_ms = now - ready_at
     is_at_hand = true() if holds_base is None else or_(Job.base_model_id == holds_base, waited_ms > WAITED_TOO_LONG_MS)
     return (
         select(Job, waited_ms.label("waited_ms"))
+        .outerjoin(counted, counted.c.tenant == Job.tenant)
         .where(
             Job.state == JobState.QUEUED,
             Job.not_before <= now,
             Job.cancel_requested_at.is_(None),
             Job.pause_requested_at.is_(None),
             Job.attempt < Job.max_attempts,
+            running < max_running if max_running else true(),
         )
         .order_by(
             Job.priority.desc(),
             case((is_at_hand, 0), else_=1),
-            running.scalar_subquery(),
+            running,
             last_served.scalar_subquery(),
             Job.created_at,
             Job.id,
         )
-        .with_for_update(of=Job, skip_locked=True)
         .execution_options(populate_existing=True)
     )
 
