@@ -9,7 +9,7 @@ from typing import Final
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
-from shared import db, idempotency, jobs
+from shared import audit, db, idempotency, jobs
 from shared.queue import Queue
 from shared.store import adapters, garbage
 from shared.store.layout import Layout
@@ -28,13 +28,24 @@ class Sweeper:
     database was away nobody could renew a lease, and every trainer must first get the chance.
     """
 
-    def __init__(self, *, lease_s: float, sweep_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        lease_s: float,
+        sweep_s: float,
+        max_job_s: float | None = None,
+        max_running: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._lease_s = lease_s
         self._sweep_s = sweep_s
+        self._max_job_s = max_job_s
+        self._max_running = max_running
         self._clock = clock
         self._seen_since: float | None = None
         self._seen_last = -float("inf")
         self._cleaned_at = -float("inf")
+        self._unheeded: frozenset[str] = frozenset()
 
     def run(self, engine: Engine, layout: Layout, queue: Queue, stop: threading.Event) -> None:
         """Sweep until `stop` is set; a database or broker that is away is waited for."""
@@ -48,8 +59,15 @@ class Sweeper:
         """What one sweep of the ledger did; None if the database does not answer."""
         try:
             with db.write(engine) as tx:
-                swept = jobs.sweep(tx, may_expire=self._note_sight(), lease_s=self._lease_s)
+                swept = jobs.sweep(
+                    tx,
+                    may_expire=self._note_sight(),
+                    lease_s=self._lease_s,
+                    max_job_s=self._max_job_s,
+                    max_running=self._max_running,
+                )
             self._seen_last = self._clock()
+            self._warn_of(frozenset(swept.unheeded))
             if swept.ring:
                 self._ring(engine, queue, swept.waiting)
         except DBAPIError as error:
@@ -70,6 +88,7 @@ class Sweeper:
                 corrupt = garbage.corrupt_versions(tx, layout, sample=SCRUB_SAMPLE)
             with db.write(engine) as tx:
                 idempotency.forget_old(tx)
+                audit.forget_old(tx)
                 for version in corrupt:
                     log.error("adapter version %s no longer matches its checksums", version.id)
                     adapters.mark_corrupt(tx, version.id)
@@ -86,6 +105,12 @@ class Sweeper:
         if self._seen_since is None or now - self._seen_last > self._sweep_s + self._lease_s / 2:
             self._seen_since = now
         return now - self._seen_since >= self._lease_s
+
+    def _warn_of(self, unheeded: frozenset[str]) -> None:
+        """Log, once for each job, that its trainer is alive and does not stop."""
+        for job_id in sorted(unheeded - self._unheeded):
+            log.warning("%s: cancel was asked over a minute ago, its trainer is alive and has not stopped it", job_id)
+        self._unheeded = unheeded
 
     def _ring(self, engine: Engine, queue: Queue, waiting: int) -> None:
         """One ring for each waiting job, up to a limit; noted only if the broker took them."""

@@ -36,7 +36,7 @@ ARCS: Final[Mapping[str, Arc]] = {
     "fail": Arc(_R, JobState.FAILED, "an error that a retry would meet again, or no attempt left", "failed"),
     "give_up": Arc(_R, JobState.FAILED, "lease ran out and no attempt is left", "lost"),
     "lose": Arc(_R, _Q, "lease ran out, attempts left", "lost"),
-    "give_back": Arc(_R, _Q, "trainer shut down or could not go on, attempts left", "given back"),
+    "give_back": Arc(_R, _Q, "trainer shut down, could not go on, or the disk failed; attempts left", "given back"),
     "pause": Arc(_R, _P, "pause was asked; checkpoint written", "paused"),
     "pause_queued": Arc(_Q, _P, "pause was asked before a trainer came"),
     "resume": Arc(_P, _Q, "resume was asked"),
@@ -57,10 +57,12 @@ def follow(
     message: str,
     level: Level = "info",
     data: Mapping[str, Any] | None = None,
+    ended_at: int | None = None,
 ) -> Job | None:
     """The job after the arc, its event written and its attempt closed; None, and nothing done, if it was not there.
 
-    'There' means: in the arc's source state, under `fence` if one is given, and meeting all `guards`.
+    'There' means: in the arc's source state, under `fence` if one is given, and meeting all `guards`. `ended_at`, in
+    ms since 1970, is when the attempt ended if that was before now.
     """
     arc = ARCS[name]
     now = now_ms(tx)
@@ -82,7 +84,8 @@ def follow(
         return None
     if arc.outcome is not None:
         attempt = update(JobAttempt).where(JobAttempt.job_id == job_id, JobAttempt.fence == job.fence)
-        tx.execute(attempt.values(ended_at=now, outcome=arc.outcome), execution_options={"synchronize_session": False})
+        closed = attempt.values(ended_at=now if ended_at is None else ended_at, outcome=arc.outcome)
+        tx.execute(closed, execution_options={"synchronize_session": False})
     append_event(tx, job_id, level=level, type="message", message=message, data=data)
     return job
 

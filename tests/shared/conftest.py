@@ -81,9 +81,9 @@ class World:
         """Let the claim's lease have run out a second ago."""
         self.edit(claim.job_id, "lease_expires_at = heartbeat_at - 1000")
 
-    def sweep(self, *, may_expire: bool = True) -> jobs.Swept:
+    def sweep(self, *, may_expire: bool = True, **options: Any) -> jobs.Swept:
         with write(self.engine) as tx:
-            return jobs.sweep(tx, may_expire=may_expire, lease_s=LEASE_S)
+            return jobs.sweep(tx, may_expire=may_expire, lease_s=LEASE_S, **options)
 
     def messages(self, job_id: str) -> list[str]:
         """The job's events, oldest first."""

@@ -72,6 +72,24 @@ def test_a_poison_job_gets_three_attempts(world: World) -> None:
     assert row.error["code"] == "attempts_exhausted"
 
 
+def test_a_poison_job_leaves_others_unhurt(world: World) -> None:
+    """Three jobs beside the one that kills its trainer three times: each succeeds in its first attempt."""
+    poison = world.submit(priority=9)
+    healthy = [world.submit() for _ in range(3)]
+    for n in range(3):
+        world.edit(poison.id, "not_before = 0")
+        killed, other = world.claim(f"doomed{n}"), world.claim(f"t{n}")
+        assert killed is not None
+        assert other is not None
+        assert killed.job_id == poison.id
+        world.lose(killed)
+        world.sweep()
+        world.publish(other)
+
+    assert world.state(poison.id) == JobState.FAILED
+    assert [(world.state(job.id), world.job(job.id).attempt) for job in healthy] == [(JobState.SUCCEEDED, 1)] * 3
+
+
 def test_backoff_doubles(world: World) -> None:
     """The second loss waits twice as long as the first."""
     waits = []
