@@ -29,7 +29,7 @@ from sqlalchemy import (
     select,
     tuple_,
 )
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from shared.errors import InvalidRequest, SchemaTooNew, StartupError
@@ -38,6 +38,9 @@ from shared.tables import Table
 MIGRATION_LOCK: Final = 0x6C6F7261  # any number that nobody else locks
 SQLITE_WAIT_S: Final = 10
 """How long a transaction waits for another program's."""
+
+AWAY: Final = (OperationalError, InterfaceError)
+"""What a database raises that does not answer, or that could not serialise this transaction with others: try again."""
 
 Tx = Session
 """An open transaction. Functions that take one commit nothing."""

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, StatementError
+from sqlalchemy.exc import DBAPIError, StatementError
 
 from shared import db, failpoints, jobs
 from shared.config import Settings
@@ -24,7 +24,7 @@ from shared.errors import AdapterCorrupt, CancelRequested, InvalidRequest, NotFo
 from shared.jobs import Claim
 from shared.specs import Order, StepReport
 from shared.store import adapters, base_models, checkpoints, files
-from shared.store.durable import staging
+from shared.store.durable import staging, storage_failure
 from shared.store.layout import Layout
 from shared.tables import BaseModelRow
 from worker.lora.format import read_adapter
@@ -36,9 +36,6 @@ log = logging.getLogger("lorad.trainer")
 FLUSH_S = 1.0
 PUBLISH_RETRY_S = 900.0
 """How long a trained job keeps trying to commit while the database is away; its fence guards it all the while."""
-
-_AWAY: Final = (OperationalError, InterfaceError)
-"""What a database raises that does not answer, or that could not serialise this transaction with others: try again."""
 
 EngineFor = Callable[[str], TrainingEngine]
 Level = Literal["info", "warn", "error"]
@@ -94,9 +91,7 @@ class JobRun:
             self._end(lambda tx: jobs.fail(tx, self._claim, code=code, message=message))
         except Exception as error:
             log.exception("%s: attempt %d failed", self._claim.job_id, self._claim.attempt)
-            reason = f"{type(error).__name__}: {error}"
-            lease_s = self._settings.lease_s
-            self._end(lambda tx: jobs.give_back(tx, self._claim, charge=True, reason=reason, lease_s=lease_s))
+            self._give_back(error)
 
     # -- training
 
@@ -147,7 +142,15 @@ class JobRun:
     def _save_checkpoint(self, step: int, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         claim = self._claim
         self._checkpointed_at = time.monotonic()
-        prepared = checkpoints.prepare(self._layout, write, job_id=claim.job_id, step=step, fence=claim.fence)
+        try:
+            prepared = checkpoints.prepare(self._layout, write, job_id=claim.job_id, step=step, fence=claim.fence)
+        except OSError as error:
+            if storage_failure(error) is None:
+                raise
+            # Nothing is left of it, the checkpoint before it is still there, and the next may find room.
+            log.warning("%s: checkpoint of step %d is not saved: %s", claim.job_id, step, error)
+            message = f"The checkpoint of step {step} could not be saved: {error.strerror}"
+            return self._add_event("warn", "message", message, {"step": step})
         try:
             # With the events before it in one transaction: a resumed job does not make those steps again.
             with self._flushing:
@@ -198,7 +201,7 @@ class JobRun:
             write()
         except OwnershipLost:
             self._order = Order.LOST
-        except _AWAY as error:
+        except db.AWAY as error:
             # Cut off from the database we train on: nothing can be published without it, and most cuts are short.
             log.warning("%s: the database does not answer: %s", self._claim.job_id, error)
         except Exception:
@@ -235,7 +238,7 @@ class JobRun:
                     jobs.add_event(
                         tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data
                     )
-            except _AWAY:
+            except db.AWAY:
                 raise
             except StatementError:
                 log.exception("%s: this event cannot be written: %s", self._claim.job_id, event)
@@ -257,7 +260,7 @@ class JobRun:
             return adapters.prepare(
                 self._layout,
                 staged,
-                validate=_check_adapter,
+                validate=read_adapter,
                 base_model_id=base.id,
                 base_digest=base.digest,
                 spec=claim.spec,
@@ -301,6 +304,16 @@ class JobRun:
             reason = "the trainer is shutting down"
             self._end(lambda tx: jobs.give_back(tx, self._claim, charge=False, reason=reason))
 
+    def _give_back(self, error: Exception) -> None:
+        """Let another attempt write everything anew. One that the disk has ended was not the job's fault."""
+        claim, lease_s = self._claim, self._settings.lease_s
+        if isinstance(error, OSError) and (code := storage_failure(error)):
+            why = str(error.strerror)
+            self._end(lambda tx: jobs.give_back_for_storage(tx, claim, code=code, reason=why, lease_s=lease_s))
+        else:
+            why = f"{type(error).__name__}: {error}"
+            self._end(lambda tx: jobs.give_back(tx, claim, charge=True, reason=why, lease_s=lease_s))
+
     def _end(self, write: Callable[[db.Tx], object]) -> None:
         """Perform a last write after the events that still wait, waiting for a database that is away: what was trained
         is not thrown away for that.
@@ -319,14 +332,10 @@ class JobRun:
             except OwnershipLost:
                 log.warning("%s: ownership lost, nothing published", self._claim.job_id)
                 return
-            except _AWAY:
+            except db.AWAY:
                 if time.monotonic() > until:
                     raise
                 time.sleep(1.0)
-
-
-def _check_adapter(directory: Path) -> None:
-    read_adapter(directory)
 
 
 def _metrics_csv(metrics: list[dict[str, Any]]) -> bytes:

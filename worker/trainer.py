@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable
+from typing import Final
 
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine
@@ -25,10 +26,13 @@ from worker.celery_program import exit_with_one_line, run_worker
 from worker.inspector import Inspector
 from worker.job_run import JobRun, TrainerStops
 from worker.kernels.memory import keep_freed_memory
+from worker.room import Room
 from worker.training.engine import TrainingEngine
 from worker.watchdog import give_up, watch
 
 log = logging.getLogger("lorad.trainer")
+
+CLAIM_AGAIN_S: Final = 1.0
 
 
 class Trainer:
@@ -46,6 +50,11 @@ class Trainer:
         self._claiming = threading.Lock()
         self._slots = threading.BoundedSemaphore(settings.train_slots)
         self._bench = _Bench(settings, database, layout)
+        self._room = Room(layout.root, min_free_bytes=settings.min_free_bytes)
+        self._held: dict[str, int] = {}
+        """Jobs that this trainer has claimed and not ended, and their fences."""
+        self._is_unsure = False
+        """Whether a claim was sent to the database and its answer was lost."""
 
     def answer_doorbell(self) -> None:
         """Train queued jobs, one after the other, until none is left that this trainer may take.
@@ -62,7 +71,11 @@ class Trainer:
                 if self._has_free_slot():
                     self._ring()
                 run = JobRun(claim, settings=self._settings, database=self._database, layout=self._layout)
-                run.run(self._bench.engine_for)
+                try:
+                    run.run(self._bench.engine_for)
+                finally:
+                    if self._held.get(claim.job_id) == claim.fence:  # else it was lost, and claimed here again
+                        del self._held[claim.job_id]
         finally:
             self._slots.release()
 
@@ -82,14 +95,39 @@ class Trainer:
         return True
 
     def _claim(self) -> Claim | None:
-        """The next job. One at a time: what the bench will hold must be known before the next claim."""
-        with self._claiming, db.write(self._database) as tx:
+        """The next job, if the disk has room for one. One at a time: what the bench will hold must be known before the
+        next claim.
+
+        A database that is away is asked a second time, after a pause; then the next doorbell has to.
+        """
+        with self._claiming:
+            if not self._room.is_there():
+                return None
+            try:
+                return self._try_to_claim()
+            except db.AWAY as error:
+                log.warning("the database does not answer a claim: %s", error)
+                self._is_unsure = True
+            if self._stopping.wait(CLAIM_AGAIN_S):
+                return None
+            return self._try_to_claim()
+
+    def _try_to_claim(self) -> Claim | None:
+        with db.write(self._database) as tx:
+            if self._is_unsure and (unheld := jobs.take_back(tx, trainer=self._name, held=list(self._held))):
+                log.warning("%d jobs were claimed here without our knowing, and are given back", unheld)
             claim = jobs.claim_next(
-                tx, trainer=self._name, lease_s=self._settings.lease_s, holds_base=self._bench.base_model_id
+                tx,
+                trainer=self._name,
+                lease_s=self._settings.lease_s,
+                holds_base=self._bench.base_model_id,
+                max_running=self._settings.max_running_jobs,
             )
-            if claim is not None:
-                self._bench.base_model_id = claim.base_model_id
-            return claim
+        self._is_unsure = False
+        if claim is not None:
+            self._bench.base_model_id = claim.base_model_id
+            self._held[claim.job_id] = claim.fence
+        return claim
 
 
 class _Bench:

@@ -5,11 +5,12 @@ The database is the ledger. Whoever holds a job's current fence owns it; every a
 
 from shared.jobs.arcs import ARCS, Arc, diagram
 from shared.jobs.asked import request_cancel, request_pause, resume, submit
-from shared.jobs.claim import Claim, claim_next
+from shared.jobs.claim import Claim, claim_next, take_back
 from shared.jobs.owner import (
     add_event,
     fail,
     give_back,
+    give_back_for_storage,
     heartbeat,
     published_version,
     record_checkpoint,
@@ -44,6 +45,7 @@ __all__ = [
     "fail",
     "get",
     "give_back",
+    "give_back_for_storage",
     "heartbeat",
     "list_page",
     "mark_rung",
@@ -61,4 +63,5 @@ __all__ = [
     "submit",
     "succeed",
     "sweep",
+    "take_back",
 ]

@@ -1,7 +1,7 @@
 """What a trainer does with a job that it owns. Every function is a compare-and-swap on the claim's fence."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, insert, select, update
 
@@ -12,6 +12,10 @@ from shared.jobs.claim import Claim, backoff_s
 from shared.specs import Order, StepReport
 from shared.store.adapters import PreparedVersion, insert_version
 from shared.tables import AdapterVersion, Checkpoint, Job, JobState
+
+MAX_STORAGE_FAILURES: Final = 3
+STORAGE_WAIT_LEASES: Final = 10
+"""Ten minutes at the default lease: somebody has to make room, or the disk to come back."""
 
 
 def heartbeat(
@@ -142,6 +146,29 @@ def give_back(tx: Tx, claim: Claim, *, charge: bool, reason: str, lease_s: float
         values = {"not_before": now_ms(tx) + int(backoff_s(job.attempt, lease_s) * 1000)}
     message = f"The job was put back in the queue: {reason}"
     _need(follow(tx, "give_back", claim.job_id, fence=claim.fence, values=values, message=message))
+
+
+def give_back_for_storage(tx: Tx, claim: Claim, *, code: str, reason: str, lease_s: float = 60.0) -> None:
+    """Put the job back in the queue because the disk was full or did not work; raises OwnershipLost.
+
+    The attempt is not charged. After MAX_STORAGE_FAILURES such attempts the next fails the job with `code`. A cancel or
+    pause that was asked is carried out instead. `reason` is shown to the user.
+    """
+    job = _lock(tx, claim)
+    if _follow_cancel(tx, claim) or _follow_pause(tx, claim):
+        return
+    if job.storage_failures >= MAX_STORAGE_FAILURES:
+        message = f"the disk was full or did not work in {job.storage_failures + 1} attempts: {reason}"
+        _need(_fail(tx, claim, code=code, message=message, param=None))
+        return
+    wait_s = STORAGE_WAIT_LEASES * lease_s
+    values = {
+        "attempt": job.attempt - 1,
+        "storage_failures": job.storage_failures + 1,
+        "not_before": now_ms(tx) + int(wait_s * 1000),
+    }
+    message = f"The job was put back in the queue for {wait_s:g} s, until the disk can take its files: {reason}"
+    _need(follow(tx, "give_back", claim.job_id, fence=claim.fence, values=values, level="warn", message=message))
 
 
 def stop_cancelled(tx: Tx, claim: Claim) -> None:

@@ -35,7 +35,7 @@ def prepare(
     layout: Layout,
     staged: Path,
     *,
-    validate: Callable[[Path], None],
+    validate: Callable[[Path], object],
     base_model_id: str,
     base_digest: str,
     spec: Spec,

@@ -13,16 +13,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal
 
 from shared import failpoints
 from shared.store.layout import Layout
 
 BLOCK_BYTES = 1 << 20
 
-FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
-FAILED: Final = FULL | {errno.EIO, errno.EROFS, errno.ESTALE}
-"""What the disk answers when it is full, and when it is full or does not work: the same write may succeed later."""
+StorageFailure = Literal["storage_full", "storage_failed"]
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_BROKEN: Final = frozenset({errno.EIO, errno.EROFS, errno.ESTALE})
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def make_durable(path: Path) -> None:
 def place(staged: Path, final: Path) -> None:
     """Rename what is durable already to `final`, which must not exist, and make the new name durable.
 
-    If the name cannot be made durable, nothing is left: a failed fsync says nothing good of what it should have written.
+    If the name cannot be made durable it is taken away again.
     """
     if not final.parent.is_dir():
         final.parent.mkdir(mode=0o700, exist_ok=True)
@@ -118,9 +118,9 @@ def inventory(directory: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def is_storage_failure(error: BaseException) -> bool:
-    """True if the disk is full or does not work; what failed may succeed once that is mended."""
-    return isinstance(error, OSError) and error.errno in FAILED
+def storage_failure(error: OSError) -> StorageFailure | None:
+    """What is wrong if the disk is full or does not work, so that the same may succeed later; else None."""
+    return "storage_full" if error.errno in _FULL else "storage_failed" if error.errno in _BROKEN else None
 
 
 def _remove(path: Path) -> None:

@@ -97,7 +97,10 @@ def add(
 def add_bytes(tx: Tx, layout: Layout, content: bytes, *, tenant: str, purpose: str, filename: str) -> File:
     """The new file with this content, for results."""
     received = receive(layout, io.BytesIO(content), max_bytes=len(content))
-    return add(tx, layout, received, tenant=tenant, purpose=purpose, filename=filename)
+    try:
+        return add(tx, layout, received, tenant=tenant, purpose=purpose, filename=filename)
+    finally:
+        received.discard()
 
 
 def get(tx: Tx, tenant: str, file_id: str) -> File:

@@ -121,3 +121,23 @@ def test_the_broker_socket_fits_the_kernel_however_long_the_data_dir():
             long_one.embedded_broker_socket.unlink()
     finally:
         directory.rmdir()
+
+
+@pytest.mark.parametrize("name", ["MAX_RUNNING_JOBS", "MIN_FREE_BYTES"])
+def test_some_bounds_can_be_turned_off(name: str):
+    """0 means no bound there, and nothing else does; what a program must have some of cannot be 0."""
+    for text in ("-1", "1.5", "none"):
+        with pytest.raises(SettingsError, match=f"LORAD_{name}"):
+            Settings.from_env({f"LORAD_{name}": text})
+    with pytest.raises(SettingsError, match="LORAD_TRAIN_SLOTS"):
+        Settings.from_env({"LORAD_TRAIN_SLOTS": "0"})
+
+    assert getattr(Settings.from_env({f"LORAD_{name}": "0"}), name.lower()) == 0
+
+
+def test_a_job_may_run_for_ever_unless_limited():
+    """No time limit by default, in a child's environment neither; one that is set is kept."""
+    free, bounded = Settings.from_env({}), Settings.from_env({"LORAD_MAX_JOB_S": "3600"})
+
+    assert (free.max_job_s, Settings.from_env(environment_for(free, {})).max_job_s) == (None, None)
+    assert Settings.from_env(environment_for(bounded, {})).max_job_s == 3600.0
