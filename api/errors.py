@@ -12,6 +12,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from api.hangup import ClientGone
 from api.schemas.wire import ErrorBody, ErrorDetail
 from shared import errors
+from shared.store.durable import storage_failure
 
 log = logging.getLogger("lorad.api")
 
@@ -43,6 +44,7 @@ TABLE: dict[type[errors.LoradError], Answer] = {
     ClientGone: Answer(499, "client_error"),
     errors.Unavailable: Answer(503, "server_error", _SOON),
     errors.DeadlineExceeded: Answer(504, "server_error", _NO_RETRY),
+    errors.StorageFull: Answer(507, "server_error", _NO_RETRY),
     errors.LoradError: Answer(500, "server_error"),
 }
 
@@ -96,6 +98,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(HTTPException, _on_http_error)
     app.register_error_handler(OperationalError, _on_database_away)
     app.register_error_handler(InterfaceError, _on_database_away)
+    app.register_error_handler(OSError, _on_system_error)
     app.register_error_handler(Exception, _on_surprise)
 
 
@@ -126,6 +129,10 @@ def _on_http_error(error: HTTPException) -> Response:
 def _on_database_away(error: OperationalError | InterfaceError) -> Response:
     log.error("%s %s %s: database: %s", g.request_id, request.method, request.path, error.orig)
     return _on_domain_error(errors.Unavailable("The database cannot be reached right now; try again."))
+
+
+def _on_system_error(error: OSError) -> Response:
+    return _on_domain_error(errors.StorageFull()) if storage_failure(error) == "storage_full" else _on_surprise(error)
 
 
 def _on_surprise(error: Exception) -> Response:

@@ -143,6 +143,12 @@ class GenerationTimeout(DeadlineExceeded):
     """The answer was not ready before the deadline."""
 
 
+class StorageFull(LoradError):
+    """The service's disk is full; nothing of this request was kept."""
+
+    code = "insufficient_storage"
+
+
 class OwnershipLost(LoradError):
     """Another trainer owns this job now; nothing may be published."""
 

@@ -126,7 +126,13 @@ def sweeper() -> None:
     db.check_schema(engine)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     queue = Queue(settings.resolved_broker_url)
-    Sweeper(lease_s=settings.lease_s, sweep_s=settings.sweep_s).run(engine, layout, queue, stop)
+    rules = Sweeper(
+        lease_s=settings.lease_s,
+        sweep_s=settings.sweep_s,
+        max_job_s=settings.max_job_s,
+        max_running=settings.max_running_jobs,
+    )
+    rules.run(engine, layout, queue, stop)
     queue.close()
     engine.dispose()
 
