@@ -119,7 +119,8 @@ def _tell_unclaimed(tx: Tx, max_running: int) -> None:
     if job is None:
         return
     events = select(now - JobEvent.created_at, JobEvent.data).where(JobEvent.job_id == job.id)
-    age_ms, data = tx.execute(events.order_by(JobEvent.seq.desc()).limit(1)).one()
+    last = tx.execute(events.order_by(JobEvent.seq.desc()).limit(1)).first()
+    age_ms, data = (found.waited_ms, None) if last is None else last
     if age_ms > UNCLAIMED_MS and (data or {}).get("code") != UNCLAIMED:
         message = (
             f"No trainer has taken this job for {UNCLAIMED_MS // 60_000} minutes, though it is the next in line: check "
