@@ -26,6 +26,7 @@ raise the OSError, `memory` raises MemoryError.
 import errno
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -42,7 +43,8 @@ def _run_out_of_memory() -> None:
 
 ACTIONS: Final[Mapping[str, Callable[[], None]]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    # To this thread, not to the process: else another thread may take it, and this one goes on until it does.
+    "stop": lambda: signal.pthread_kill(threading.get_ident(), signal.SIGSTOP),
     "exit": lambda: os._exit(70),
     "eio": lambda: _raise(errno.EIO),
     "enospc": lambda: _raise(errno.ENOSPC),
