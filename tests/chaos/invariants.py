@@ -77,6 +77,8 @@ def of_steps(events: Sequence[JobEvent]) -> Iterator[str]:
             step = int(data["step"])
             if step != last + 1:
                 yield f"reported step {step} after step {last} of the attempt that began at step {resumed}"
+            elif step <= saved:
+                yield f"made step {step} again, although step {saved} was saved"
             last = step
             seen.add(step)
     if seen and seen != set(range(1, max(seen) + 1)):
