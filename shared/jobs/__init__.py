@@ -29,6 +29,7 @@ from shared.jobs.queries import (
     recent_tokens_per_second,
     step_metrics,
 )
+from shared.jobs.restored import put_back_restored
 from shared.jobs.sweep import Swept, mark_rung, sweep
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "mark_rung",
     "newest_checkpoints",
     "published_version",
+    "put_back_restored",
     "queue_position",
     "recent_tokens_per_second",
     "record_checkpoint",

@@ -1,0 +1,29 @@
+"""The ledger after it came out of a backup: whoever ran its jobs then does so no more."""
+
+from typing import Final
+
+from sqlalchemy import select, update
+
+from shared.db import Tx
+from shared.jobs.arcs import follow
+from shared.tables import Job, JobState
+
+FENCE_JUMP: Final = 1_000_000
+"""More than the claims that a job can have had between its backup and its restoration."""
+
+_MESSAGE: Final = "The service was restored from a backup; the job was put back in the queue."
+
+
+def put_back_restored(tx: Tx) -> int:
+    """Put the jobs that ran when the backup was made back into the queue, without charging the attempt, and raise the
+    fence of every unfinished job beyond any that a program of before may hold. Returns how many ran.
+
+    Fences given out after the backup were lost with it: without the jump one of them would be given out twice, and a
+    trainer left over from before would own the job as well.
+    """
+    running = list(tx.scalars(select(Job.id).where(Job.state == JobState.RUNNING)))
+    for job_id in running:
+        follow(tx, "give_back", job_id, values={"attempt": Job.attempt - 1}, message=_MESSAGE)
+    unfinished = update(Job).where(Job.finished_at.is_(None))
+    tx.execute(unfinished.values(fence=Job.fence + FENCE_JUMP), execution_options={"synchronize_session": False})
+    return len(running)
