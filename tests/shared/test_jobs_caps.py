@@ -1,13 +1,16 @@
 """How many jobs of one tenant run at once, and that a tenant with many jobs leaves room for one with few."""
 
+import sqlite3
+
 from sqlalchemy import insert
 
 from shared import ids, jobs
-from shared.db import write
+from shared.db import open_engine, write
 from shared.jobs import Claim
 from shared.specs import TrainSpec
+from shared.store.layout import Layout
 from shared.tables import Job, JobState
-from tests.shared.conftest import LEASE_S, World
+from tests.shared.conftest import LEASE_S, World, make_world
 from tests.shared.test_jobs_claim import at_once
 
 
@@ -74,6 +77,38 @@ def test_a_thousand_jobs_hold_up_one_by_one_at_most(world: World) -> None:
     assert begun[1].job_id == late.id
     assert [claim.tenant for claim in begun] == ["greedy", "modest", "greedy"]
     assert world.state(late.id) == JobState.SUCCEEDED
+
+
+def test_a_claim_costs_no_more_than_a_look_at_each_job(fresh_sqlite_url: str, layout: Layout) -> None:
+    """Eight times as many jobs of one tenant are some eight times the work of SQLite's machine, not sixty-four."""
+    world = make_world(open_engine(fresh_sqlite_url), layout)
+    submit_many(world, "greedy", 100)
+    few = instructions_of_a_claim(world)
+    submit_many(world, "greedy", 700)
+    many = instructions_of_a_claim(world)
+    world.engine.dispose()
+
+    assert few > 0
+    assert many < 16 * few
+
+
+def instructions_of_a_claim(world: World) -> int:
+    """In tens of instructions of SQLite's virtual machine."""
+    ticks = 0
+
+    def tick() -> int:
+        nonlocal ticks
+        ticks += 1
+        return 0
+
+    with write(world.engine) as tx:
+        connection = tx.connection().connection.driver_connection
+        assert isinstance(connection, sqlite3.Connection)
+        connection.set_progress_handler(tick, 10)
+        claim = jobs.claim_next(tx, trainer=ids.new_id(ids.JOB), lease_s=LEASE_S)
+        connection.set_progress_handler(None, 0)
+    assert claim is not None
+    return ticks
 
 
 def test_the_spec_of_the_many_is_a_real_one(world: World) -> None:
