@@ -134,6 +134,30 @@ def migrate(url: str) -> None:
         engine.dispose()
 
 
+def downgrade(url: str, revision: str) -> None:
+    """Take the database at `url` back to the schema `revision`, for the older lorad that knows it, whole or not at all.
+
+    What only newer schemas know is lost. StartupError if `revision` is none of this code's, or is not below.
+    """
+    engine = open_engine(url)
+    try:
+        with _reachable(engine), engine.execution_options(lorad_write=True).begin() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            found = _revisions(connection)
+            _refuse_unknown(found)
+            scripts = ScriptDirectory.from_config(alembic_config())
+            below = {one.revision for head in found for one in scripts.iterate_revisions(head, "base")} - found
+            if revision not in below:
+                raise StartupError(
+                    f"the database has schema {', '.join(sorted(found)) or 'none'}; below it are "
+                    f"{', '.join(sorted(below)) or 'none'}, and not {revision!r}"
+                )
+            command.downgrade(alembic_config(connection), revision)
+    finally:
+        engine.dispose()
+
+
 def check_schema(engine: Engine) -> None:
     """Raise SchemaTooNew if a newer lorad wrote the database, StartupError if `lorad migrate` has yet to run."""
     with _reachable(engine), engine.connect() as connection:

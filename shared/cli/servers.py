@@ -138,12 +138,19 @@ def sweeper() -> None:
 
 
 @click.command()
-def migrate() -> None:
-    """Bring the database to this code's schema; needed once after each update, `lorad up` does it by itself."""
+@click.option("--down-to", metavar="REVISION", help="Go back to an older schema instead, for an older lorad.")
+def migrate(down_to: str | None) -> None:
+    """Bring the database to this code's schema; needed once after each update, `lorad up` does it by itself.
+
+    With --down-to stop every program first; what only newer schemas know is lost.
+    """
     settings = Settings.from_env()
     if settings.database_url.startswith("sqlite"):
         prepare_data_dir(settings)
-    db.migrate(settings.database_url)
+    if down_to is None:
+        db.migrate(settings.database_url)
+    else:
+        db.downgrade(settings.database_url, down_to)
 
 
 def prepare_data_dir(settings: Settings) -> None:
