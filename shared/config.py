@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import unquote, urlsplit
 
 from shared.errors import SettingsError
 
@@ -58,6 +59,10 @@ class Settings:
     """A trainer claims nothing while the data directory has less free space; 0 is no mark."""
     max_queued_requests: int = 1000
     """Generation requests that may wait for one base model; more are answered 429."""
+    requests_per_minute: int = 0
+    """With one API key, or without keys from one address; more are answered 429. 0: any number."""
+    failed_logins_per_minute: int = 10
+    """Wrong API keys from one address; more are answered 429, right keys go on working. 0: any number."""
     base_url: str = "http://127.0.0.1:8321/v1"
     """For the client half of the command: where the API is."""
     api_key: str | None = None
@@ -77,6 +82,12 @@ class Settings:
         """The broker to talk to, as a redis:// , rediss:// or unix:// URL."""
         return self.broker_url or f"unix://{self.embedded_broker_socket}"
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must never be shown: passwords, as they are and as URLs write them, and the client's key."""
+        written = [urlsplit(url).password or "" for url in (self.database_url, self.broker_url or "")]
+        return tuple(filter(None, (*written, *map(unquote, written), self.api_key)))
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> "Settings":
         """Settings from LORAD_* variables; raises SettingsError that lists every wrong or unknown one."""
@@ -90,6 +101,8 @@ def environment_for(
     base = {k: v for k, v in (os.environ if inherited is None else inherited).items() if not k.startswith("LORAD_")}
     kept = {k: v for k, v in (os.environ if inherited is None else inherited).items() if k in _NOT_SETTINGS}
     own = {_variable(f): str(getattr(settings, f)) for f in _FIELDS if getattr(settings, f) is not None}
+    if program and program != "importer":
+        base = {k: v for k, v in base.items() if k not in _FOR_IMPORTER}
     return _COMPUTE | _COMPUTE_OF.get(program, {}) | base | kept | own
 
 
@@ -100,6 +113,8 @@ _COMPUTE = {"OMP_WAIT_POLICY": "PASSIVE"}
 # spin for about 10 us (measured on 2 cores, 16 rows: 260 tokens/s without, 408 with, 446 with 10 times as much; two
 # such programs side by side 526 together without, 415 with, and with 10 times as much next to nothing).
 _COMPUTE_OF = {"generator": {"GOMP_SPINCOUNT": "1000"}}
+# Tokens of the Hugging Face Hub: only `lorad base add` downloads.
+_FOR_IMPORTER = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"})
 # Read by single modules, not settings: the failpoints of tests.
 _NOT_SETTINGS = frozenset({"LORAD_FAILPOINT"})
 _CHOICES: dict[str, tuple[str, ...]] = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
@@ -114,7 +129,7 @@ _POSITIVE_INTS = (
     "max_queued_jobs",
     "max_queued_requests",
 )
-_INTS_OR_OFF = ("max_running_jobs", "min_free_bytes")
+_INTS_OR_OFF = ("max_running_jobs", "min_free_bytes", "requests_per_minute", "failed_logins_per_minute")
 _POSITIVE_FLOATS = ("heartbeat_s", "lease_s", "sweep_s", "checkpoint_s", "hung_s", "generate_hung_s", "max_job_s")
 _TEXTS = ("database_url", "broker_url", "host", "base_url", "api_key")
 _SCHEMES = {
@@ -152,6 +167,11 @@ def _read(env: Mapping[str, str]) -> Settings:
             problems.append(
                 f"{_variable(field)}={given[field].partition(':')[0]}:...: allowed are {', '.join(schemes)}"
             )
+        elif field in given and not _is_url(given[field]):
+            problems.append(
+                f"{_variable(field)}={given[field].partition(':')[0]}:... cannot be read: in a user name or password,"
+                " write anything but letters, digits, '-', '.', '_' and '~' as %XX"
+            )
     if problems:
         raise SettingsError("; ".join(problems))
     data_dir = Path(given.get("data_dir", "~/.lorad")).expanduser().absolute()
@@ -164,6 +184,18 @@ def _read(env: Mapping[str, str]) -> Settings:
             f"LORAD_LEASE_S={settings.lease_s:g} must be at least twice LORAD_HEARTBEAT_S={settings.heartbeat_s:g}"
         )
     return settings
+
+
+def _is_url(text: str) -> bool:
+    """True if it is a path, or all libraries will find the same parts in it: else their errors may show a password."""
+    if text.startswith(("sqlite:", "unix:")):
+        return True
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        return False
+    return parts.netloc.count("@") <= 1 and not any(character in text for character in "#\\ \t\r\n")
 
 
 def _integer(field: str, text: str, problems: list[str]) -> int:

@@ -47,13 +47,17 @@ Tx = Session
 
 
 def open_engine(url: str) -> Engine:
-    """An engine for a sqlite:/// or postgresql+psycopg:// URL (postgresql:// and postgres:// mean psycopg 3 too)."""
+    """An engine for a sqlite:/// or postgresql+psycopg:// URL (postgresql:// and postgres:// mean psycopg 3 too).
+
+    Its errors do not show the values of a statement: they are what users wrote.
+    """
     for prefix in ("postgresql://", "postgres://"):
         if url.startswith(prefix):
             url = "postgresql+psycopg://" + url.removeprefix(prefix)
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5})
-    engine = create_engine(url, connect_args={"timeout": float(SQLITE_WAIT_S), "check_same_thread": False})
+        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5}, hide_parameters=True)
+    options = {"timeout": float(SQLITE_WAIT_S), "check_same_thread": False}
+    engine = create_engine(url, connect_args=options, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

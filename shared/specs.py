@@ -13,7 +13,8 @@ from shared import limits
 
 
 class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    # An error's text goes to logs, where nothing that a user wrote belongs.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 TargetPreset = Literal["attention", "mlp", "all-linear"]

@@ -1,6 +1,5 @@
 """How a worker process runs: one Celery worker with the threads pool, until a signal ends it."""
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -8,8 +7,6 @@ from celery import Celery
 from celery.signals import setup_logging
 
 from shared.errors import LoradError
-
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def run_worker(
@@ -20,7 +17,7 @@ def run_worker(
     Not prefork: a MemoryError in a task ends such a worker, its children may have no children, and CUDA does not
     survive a fork. `while_running(worker)` is called once before the start, for who adds queues later.
     """
-    setup_logging.connect(_set_up_logging, weak=False)
+    setup_logging.connect(_leave_logging_alone, weak=False)
     worker = app.Worker(
         pool="threads",
         concurrency=threads,
@@ -36,8 +33,8 @@ def run_worker(
     sys.exit(worker.exitcode or 0)
 
 
-def _set_up_logging(**_: object) -> None:
-    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+def _leave_logging_alone(**_: object) -> None:
+    """Programs have set it up with `shared.logs`; a receiver, whatever it does, keeps Celery from doing so."""
 
 
 def exit_with_one_line(program: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from celery.signals import worker_shutting_down
 from sqlalchemy.exc import DBAPIError
 
-from shared import db
+from shared import db, logs
 from shared.config import Settings
 from shared.queue import GENERATE_TASK, Queue, celery_app, listen
 from shared.store import adapters, base_models
@@ -98,6 +98,7 @@ def end_if_stuck(desk: Desk, *, hung_s: float) -> None:
 def main() -> None:
     """Run a generator until SIGTERM or SIGINT."""
     settings = Settings.from_env()
+    logs.set_up(secrets=settings.secrets)
     keep_freed_memory()
     app = celery_app(settings.resolved_broker_url)
     models = Models(settings)

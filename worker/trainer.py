@@ -15,7 +15,7 @@ from typing import Final
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine
 
-from shared import db, failpoints, jobs
+from shared import db, failpoints, jobs, logs
 from shared.config import Settings
 from shared.jobs import Claim
 from shared.queue import INSPECT_QUEUE, INSPECT_TASK, TRAIN_QUEUE, TRAIN_TASK, Queue, celery_app
@@ -194,6 +194,7 @@ def main() -> None:
     """Run a trainer until SIGTERM or SIGINT."""
     keep_freed_memory()
     settings = Settings.from_env()
+    logs.set_up(secrets=settings.secrets)
     app = celery_app(settings.resolved_broker_url)
     database, layout = db.open_engine(settings.database_url), Layout(settings.data_dir)
     trainer = Trainer(settings, database, layout, ring=Queue(settings.resolved_broker_url).ring_trainers)
