@@ -1,8 +1,6 @@
 """The programs of the service, one command each. All but the sweeper take this process's place (exec)."""
 
 import importlib.util
-import ipaddress
-import logging
 import os
 import signal
 import sys
@@ -13,7 +11,16 @@ from typing import NoReturn
 import click
 
 import shared
-from shared import db, keys
+from shared import db, logs
+from shared.cli.startup import (
+    PORT_PATIENCE_S,
+    prepare_data_dir,
+    refuse,
+    refuse_network_sqlite,
+    refuse_newer_schema,
+    refuse_open_door,
+    refuse_taken_port,
+)
 from shared.config import Settings, environment_for
 from shared.errors import StartupError
 
@@ -29,7 +36,8 @@ def api_command(settings: Settings) -> list[str]:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     options = {
         "--bind": f"{host}:{settings.port}",
-        "--worker-class": "gthread",
+        "--worker-class": "api.server.PatientWorker",
+        "--workers": "1",  # whatever WEB_CONCURRENCY says: rates, metrics and seats are counted in one process
         "--threads": str(settings.api_threads),
         "--timeout": "60",  # of a worker whose main loop hangs; a request may take longer
         "--graceful-timeout": str(API_STOP_S),
@@ -52,32 +60,6 @@ def require_installed(module: str, extra: str) -> None:
         raise StartupError(f"this needs the '{extra}' extra, which is not installed: pip install 'lorad[{extra}]'")
 
 
-def refuse_open_door(settings: Settings) -> None:
-    """Raise StartupError if others than this machine could reach an API that asks for no key."""
-    if is_loopback(settings.host):
-        return
-    engine = db.open_engine(settings.database_url)
-    try:
-        db.check_schema(engine)
-        with db.read(engine) as tx:
-            if keys.any_exist(tx):
-                return
-    finally:
-        engine.dispose()
-    raise StartupError(
-        f"LORAD_HOST={settings.host} is open to other machines and there is no API key yet: "
-        "make one with 'lorad keys create', or listen on 127.0.0.1"
-    )
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine can reach `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def become(command: list[str], settings: Settings, *, program: str = "") -> NoReturn:
     """Replace this process by `command`, which reads the same settings."""
     os.chdir(CODE_DIR)
@@ -89,8 +71,11 @@ def api() -> None:
     """Serve HTTP until stopped."""
     settings = Settings.from_env()
     require_installed("gunicorn", "api")
+    refuse(settings)
+    refuse_newer_schema(settings)
     refuse_open_door(settings)
-    become(api_command(settings), settings)
+    refuse_taken_port(settings, patience_s=PORT_PATIENCE_S)
+    become(api_command(settings), settings, program="api")
 
 
 @click.command()
@@ -98,7 +83,9 @@ def trainer() -> None:
     """Train queued jobs until stopped."""
     settings = Settings.from_env()
     require_installed("torch", "worker")
-    become(worker_command("trainer"), settings)
+    refuse(settings)
+    refuse_newer_schema(settings)
+    become(worker_command("trainer"), settings, program="trainer")
 
 
 @click.command()
@@ -106,6 +93,8 @@ def generator() -> None:
     """Answer generation requests until stopped."""
     settings = Settings.from_env()
     require_installed("torch", "worker")
+    refuse(settings)
+    refuse_newer_schema(settings)
     become(worker_command("generator"), settings, program="generator")
 
 
@@ -120,11 +109,11 @@ def sweeper() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    refuse(settings)
     layout = Layout(settings.data_dir)
-    layout.prepare()
     engine = db.open_engine(settings.database_url)
     db.check_schema(engine)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(secrets=settings.secrets)
     queue = Queue(settings.resolved_broker_url)
     rules = Sweeper(
         lease_s=settings.lease_s,
@@ -146,21 +135,12 @@ def migrate(down_to: str | None) -> None:
     """
     settings = Settings.from_env()
     if settings.database_url.startswith("sqlite"):
+        refuse_network_sqlite(settings)
         prepare_data_dir(settings)
     if down_to is None:
         db.migrate(settings.database_url)
     else:
         db.downgrade(settings.database_url, down_to)
-
-
-def prepare_data_dir(settings: Settings) -> None:
-    """The data directory and what lies in it, made for us alone; StartupError if it cannot be written."""
-    from shared.store.layout import Layout
-
-    try:
-        Layout(settings.data_dir).prepare()
-    except OSError as error:
-        raise StartupError(f"cannot write to the data directory {settings.data_dir}: {error.strerror}") from error
 
 
 COMMANDS = (api, trainer, generator, sweeper, migrate)

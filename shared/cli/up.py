@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +19,10 @@ from shared.cli.servers import (
     API_STOP_S,
     CODE_DIR,
     api_command,
-    prepare_data_dir,
-    refuse_open_door,
     require_installed,
     worker_command,
 )
+from shared.cli.startup import refuse, refuse_open_door, refuse_taken_port
 from shared.cli.supervisor import Program, Supervisor
 from shared.config import Settings, environment_for
 from shared.errors import StartupError
@@ -45,9 +43,9 @@ def command(trainer: bool, generator: bool) -> None:
     require_installed("gunicorn", "api")
     if workers:
         require_installed("torch", "worker")
-    prepare_data_dir(settings)
+    refuse(settings)
     with _only_one(settings.data_dir):
-        _refuse_taken_port(settings)
+        refuse_taken_port(settings)
         db.migrate(settings.database_url)
         refuse_open_door(settings)
         with _broker_socket(settings), Supervisor(sys.stderr.buffer) as supervisor:
@@ -56,7 +54,7 @@ def command(trainer: bool, generator: bool) -> None:
 
 def _run(settings: Settings, supervisor: Supervisor, workers: list[str]) -> None:
     """Start everything, say so, watch until a signal, stop everything: who asks first, who is asked last."""
-    env = environment_for(settings)
+    env = environment_for(settings, program="server")
     if settings.broker_url is None:
         supervisor.start(Program("valkey", broker.broker_command(settings), env, CODE_DIR))
         _wait(supervisor, "the broker", lambda: broker.answers(settings.embedded_broker_socket), at_most_s=START_S)
@@ -132,19 +130,6 @@ def _broker_socket(settings: Settings) -> Iterator[None]:
         yield
     finally:
         broker.remove_socket(settings)
-
-
-def _refuse_taken_port(settings: Settings) -> None:
-    """StartupError if the API could not listen where it is told to."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    with socket.socket(family) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gunicorn does: old connections may linger
-        try:
-            listener.bind((settings.host, settings.port))
-        except OSError as error:
-            reason = os.strerror(error.errno).lower() if error.errno and error.errno > 0 else str(error)
-            place = f"{settings.host} port {settings.port}"
-            raise StartupError(f"cannot listen on {place}: {reason}; LORAD_PORT chooses another") from error
 
 
 def _url(settings: Settings) -> str:

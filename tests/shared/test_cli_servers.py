@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from shared import db, keys
-from shared.cli.servers import CODE_DIR, api_command, is_loopback, refuse_open_door
+from shared.cli.servers import CODE_DIR, api_command
+from shared.cli.startup import is_loopback, refuse_open_door
 from shared.config import Settings
 from shared.errors import StartupError
 
