@@ -1,20 +1,22 @@
 """The application: wiring only."""
 
+import logging
 import re
 
 from flask import Flask, Response, g, request
 
-from api import adapters, completions, errors, files, generators, jobs, models, ops
-from api.auth import Gate
+from api import adapters, audit, completions, errors, files, generators, jobs, models, ops
+from api.auth import STANDING, Gate
 from api.call import Seats, Services
 from api.endpoint import Endpoint, install
 from api.metrics import Metrics
-from shared import db, ids
+from api.refusals import Refusals
+from shared import db, ids, logs
 from shared.config import Settings
 from shared.queue import Queue
 from shared.store.layout import Layout
 
-RESOURCES = (files, jobs, models, adapters, completions, generators, ops)
+RESOURCES = (files, jobs, models, adapters, completions, generators, audit, ops)
 ENDPOINTS = [one for resource in RESOURCES for one in vars(resource).values() if isinstance(one, Endpoint)]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -38,14 +40,21 @@ def create_app(settings: Settings) -> Flask:
         max_queued_jobs=settings.max_queued_jobs,
         waiters=Seats(settings.api_threads // 2),
     )
-    install(app, ENDPOINTS, Gate(engine), services)
+    gate = Gate(
+        engine,
+        requests_per_minute=settings.requests_per_minute,
+        failed_logins_per_minute=settings.failed_logins_per_minute,
+    )
+    install(app, ENDPOINTS, gate, services, Refusals(engine))
     app.extensions[ops.ENDPOINTS_KEY], app.extensions[ops.METRICS_KEY] = ENDPOINTS, metrics
     return app
 
 
 def create_app_from_env() -> Flask:
     """The application with the settings of the environment, for a WSGI server."""
-    return create_app(Settings.from_env())
+    settings = Settings.from_env()
+    logs.set_up(level=logging.WARNING, secrets=settings.secrets)
+    return create_app(settings)
 
 
 def _name_request() -> None:
@@ -55,6 +64,8 @@ def _name_request() -> None:
 
 def _sign_response(response: Response) -> Response:
     response.headers["x-request-id"] = g.request_id
+    if standing := g.get(STANDING):
+        response.headers.update(standing.headers())
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers.setdefault("Cache-Control", "no-store")
     return response

@@ -5,14 +5,16 @@ import ipaddress
 import re
 import threading
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Final, Literal
 
-from flask import Request
+from flask import Request, g
 from sqlalchemy import Engine
 
 from api.call import Caller
+from api.rates import Buckets, network_of
 from shared import db, keys
-from shared.errors import Forbidden, Unauthenticated
+from shared.errors import Forbidden, RateLimited, Unauthenticated
 
 Scope = Literal[
     "files:read", "files:write", "jobs:read", "jobs:write", "adapters:read", "adapters:write", "generate", "admin",
@@ -21,6 +23,8 @@ Scope = Literal[
 ]  # fmt: skip
 
 NOBODY = Caller("", frozenset())
+STANDING: Final = "standing"
+"""Where flask.g holds how the caller stands with its rate limit, for the answer's headers."""
 KEYLESS = Caller("default", frozenset(keys.SCOPES))
 _FRESH_S = 4.0
 _MAX_CACHED = 10_000
@@ -31,23 +35,64 @@ _OUR_ORIGIN = re.compile(rf"https?://{_OUR_HOST.pattern}", re.ASCII | re.IGNOREC
 class Gate:
     """Admits requests. What it learned from the database counts for 4 s, so that a revoked key is dead within 5."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        requests_per_minute: int = 0,
+        failed_logins_per_minute: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """At most so many requests with one key, or without keys from one address; wrong keys from one address. 0: any
+        number."""
         self._engine = engine
+        self._requests = Buckets(requests_per_minute, clock=clock) if requests_per_minute else None
+        self._failures = Buckets(failed_logins_per_minute, clock=clock) if failed_logins_per_minute else None
         self._lock = threading.Lock()
         self._keys_exist_until = (False, 0.0)
         self._callers: dict[bytes, tuple[Caller, float]] = {}
 
     def admit(self, request: Request, scope: Scope) -> Caller:
-        """Who asks; raises Unauthenticated, or Forbidden if the key lacks `scope`."""
+        """Who asks, whatever the key may do: see `require`. Raises Unauthenticated, RateLimited, and Forbidden for a
+        keyless request that is not from here."""
         if scope == "public":
             return NOBODY
         if not self._keys_exist():
             _check_local(request)
+            self._charge(network_of(request.remote_addr), "from this address")
             return KEYLESS
-        caller = self._caller(_bearer(request))
-        if scope != "any" and scope not in caller.scopes:
-            raise Forbidden(f"This API key lacks the scope {scope!r}; it has: {', '.join(sorted(caller.scopes))}.")
+        caller = self._login(request)
+        self._charge(caller.key_id or "", "with this API key")
         return caller
+
+    def _login(self, request: Request) -> Caller:
+        """Who presents a key. Too many wrong ones from an address are refused as such, right ones never."""
+        presented = _bearer(request)
+        try:
+            return self._caller(presented)
+        except Unauthenticated:
+            self._count_failure(network_of(request.remote_addr))
+            raise
+
+    def _count_failure(self, address: str) -> None:
+        if self._failures is None:
+            return
+        standing = self._failures.take(address)
+        if standing.retry_after_s:
+            raise RateLimited(
+                f"More than {standing.limit} wrong API keys a minute came from this address.",
+                retry_after_s=standing.retry_after_s,
+            ) from None
+
+    def _charge(self, name: str, whence: str) -> None:
+        if self._requests is None:
+            return
+        standing = self._requests.take(name)
+        setattr(g, STANDING, standing)
+        if standing.retry_after_s:
+            raise RateLimited(
+                f"More than {standing.limit} requests a minute came {whence}.", retry_after_s=standing.retry_after_s
+            )
 
     def _keys_exist(self) -> bool:
         known, until = self._keys_exist_until
@@ -70,6 +115,12 @@ class Gate:
                 self._callers.clear()
             self._callers[fingerprint] = (caller, time.monotonic() + _FRESH_S)
         return caller
+
+
+def require(caller: Caller, scope: Scope) -> None:
+    """Raise Forbidden if the caller's key lacks `scope`."""
+    if scope not in ("any", "public") and scope not in caller.scopes:
+        raise Forbidden(f"This API key lacks the scope {scope!r}; it has: {', '.join(sorted(caller.scopes))}.")
 
 
 def _bearer(request: Request) -> str:

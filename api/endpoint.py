@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, get_args, get_type_hints
 
-from flask import Flask, Response, current_app, request
+from flask import Flask, Response, current_app, g, request
 from pydantic import BaseModel
 
 from api import strict_json
-from api.auth import Gate, Scope
-from api.call import Call, Services
+from api.auth import NOBODY, Gate, Scope, require
+from api.call import Call, Intent, Services
 from api.idempotency import Attempt
+from api.refusals import Refusals
 from api.schemas.wire import In, Query
 from api.validate import read_query, validated
 from shared import limits
-from shared.errors import InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
+from shared.errors import InvalidRequest, LoradError, NotFound, PayloadTooLarge, UnsupportedMediaType
 
 EXTENSION = "lorad"
 M = TypeVar("M", bound=BaseModel)
@@ -66,9 +67,24 @@ class Endpoint:
         """True if the handler takes an `attempt`."""
         return "attempt" in self._wanted
 
+    @property
+    def changes(self) -> bool:
+        """True if it may change what is stored; a generation does not."""
+        return self.method not in ("GET", "HEAD") and self.scope != "generate"
+
     def __call__(self, **path: str) -> Response:
-        gate, services = current_app.extensions[EXTENSION]
-        call = Call(gate.admit(request, self.scope), services)
+        gate, services, refusals = current_app.extensions[EXTENSION]
+        intent = Intent(self.name, next(iter(path.values()), None), g.request_id, request.remote_addr)
+        caller = NOBODY
+        try:
+            caller = gate.admit(request, self.scope)
+            require(caller, self.scope)
+            return self._answer(Call(caller, services, intent), path)
+        except LoradError as error:
+            refusals.note(error, caller, intent, is_change=self.changes)
+            raise
+
+    def _answer(self, call: Call, path: Mapping[str, str]) -> Response:
         if any("\0" in value for value in path.values()):  # PostgreSQL cannot even be asked for it
             raise NotFound
         inputs: dict[str, object] = dict(path)
@@ -117,9 +133,9 @@ def endpoint(
     return declare
 
 
-def install(app: Flask, endpoints: Iterable[Endpoint], gate: Gate, services: Services) -> None:
+def install(app: Flask, endpoints: Iterable[Endpoint], gate: Gate, services: Services, refusals: Refusals) -> None:
     """Give the application its routes and what they answer from."""
-    app.extensions[EXTENSION] = (gate, services)
+    app.extensions[EXTENSION] = (gate, services, refusals)
     for one in endpoints:
         app.add_url_rule(one.path, one.name, one, methods=[one.method], provide_automatic_options=False)
 

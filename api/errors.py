@@ -2,14 +2,16 @@
 
 import contextlib
 import logging
+import math
 import time
 from dataclasses import dataclass
 
 from flask import Flask, Request, Response, g, request
 from sqlalchemy.exc import InterfaceError, OperationalError
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from api.hangup import ClientGone
+from api.patience import ClientTooSlow, is_patient
 from api.schemas.wire import ErrorBody, ErrorDetail
 from shared import errors
 from shared.store.durable import storage_failure
@@ -28,6 +30,7 @@ class Answer:
 
 _NO_RETRY = (("x-should-retry", "false"),)
 _SOON = (("Retry-After", "1"),)
+_CLOSE = (("Connection", "close"),)
 
 # The most derived class found here decides. A bad parameter is always 400 with `param`.
 TABLE: dict[type[errors.LoradError], Answer] = {
@@ -35,12 +38,14 @@ TABLE: dict[type[errors.LoradError], Answer] = {
     errors.Unauthenticated: Answer(401, "authentication_error", (("WWW-Authenticate", 'Bearer realm="lorad"'),)),
     errors.Forbidden: Answer(403, "permission_error"),
     errors.NotFound: Answer(404, "invalid_request_error"),
+    ClientTooSlow: Answer(408, "invalid_request_error", _CLOSE),
     errors.StateConflict: Answer(409, "conflict_error", _NO_RETRY),
     errors.RequestInFlight: Answer(409, "conflict_error", (("x-should-retry", "true"), *_SOON)),
-    errors.PayloadTooLarge: Answer(413, "invalid_request_error", (("Connection", "close"),)),
+    errors.PayloadTooLarge: Answer(413, "invalid_request_error", _CLOSE),
     errors.UnsupportedMediaType: Answer(415, "invalid_request_error"),
     errors.IdempotencyMismatch: Answer(422, "invalid_request_error", _NO_RETRY),
     errors.QueueFull: Answer(429, "rate_limit_error", _SOON),
+    errors.RateLimited: Answer(429, "rate_limit_error", _SOON),
     ClientGone: Answer(499, "client_error"),
     errors.Unavailable: Answer(503, "server_error", _SOON),
     errors.DeadlineExceeded: Answer(504, "server_error", _NO_RETRY),
@@ -68,7 +73,12 @@ def answer_for(error: errors.LoradError) -> Answer:
 
 
 def _headers_for(error: errors.LoradError) -> tuple[tuple[str, str], ...]:
-    """What the table says; a full queue knows itself when to come back."""
+    """What the table says; a full queue and a limit know themselves when to come back."""
+    if isinstance(error, errors.RateLimited):
+        return (
+            ("Retry-After", str(math.ceil(error.retry_after_s))),
+            ("retry-after-ms", str(math.ceil(error.retry_after_s * 1000))),
+        )
     if isinstance(error, errors.QueueFull):
         return (("Retry-After", str(error.retry_after_s)),)
     return answer_for(error).headers
@@ -103,9 +113,13 @@ def register(app: Flask) -> None:
 
 
 def _respond(status: int, body: ErrorBody, headers: tuple[tuple[str, str], ...] = ()) -> Response:
-    drain(request)
     response = Response(body.model_dump_json(), status, mimetype="application/json")
     response.headers.extend(headers)
+    if is_patient(request.environ):
+        if _is_unread(request):
+            response.headers["Connection"] = "close"  # and the server reads off what still comes
+    else:
+        drain(request)
     return response
 
 
@@ -120,6 +134,8 @@ def _on_http_error(error: HTTPException) -> Response:
     status = error.code or 500
     if isinstance(error, RequestEntityTooLarge):
         return _on_domain_error(errors.PayloadTooLarge())
+    if isinstance(error, ClientDisconnected):
+        return _on_domain_error(_body_error(error))
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = error_body(error.description or error.name, kind, None, _HTTP_CODES.get(status, "http_error"))
     kept = tuple((k, v) for k, v in error.get_headers(request.environ) if k not in ("Content-Type", "Content-Length"))
@@ -138,6 +154,22 @@ def _on_system_error(error: OSError) -> Response:
 def _on_surprise(error: Exception) -> Response:
     log.error("%s %s %s failed", g.request_id, request.method, request.path, exc_info=error)
     return _respond(500, error_body("Something went wrong on our side.", "server_error", None, "internal_error"))
+
+
+def _body_error(error: ClientDisconnected) -> errors.LoradError:
+    """Why a body could not be read to its end: werkzeug says the same of all reasons."""
+    if isinstance(error.__context__, ClientTooSlow):
+        return ClientTooSlow()
+    return errors.InvalidRequest("The request's body breaks off or is not well-formed.", code="incomplete_body")
+
+
+def _is_unread(request: Request) -> bool:
+    """True if there may be bytes of the body on the line that nobody has read."""
+    if "stream" not in request.__dict__:  # werkzeug's cached property: reading has not begun
+        return bool(request.content_length) or "Transfer-Encoding" in request.headers
+    if request.content_length is None:
+        return "Transfer-Encoding" in request.headers
+    return request.stream.tell() < request.content_length
 
 
 _DRAIN_BYTES = 64 << 20

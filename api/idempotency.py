@@ -61,8 +61,10 @@ class Attempt:
         request = self._request(call, content)
         with call.write() as tx:
             if request is not None and (kept := idempotency.take(tx, request)) is not None:
+                call.intent.is_repeat = True
                 return Response(kept.body, kept.status, [REPLAYED], mimetype="application/json")
             answer = make(tx)
+            call.intent.object_id = getattr(answer, "id", None)
             if request is not None:
                 idempotency.keep(tx, request, Kept(200, answer.model_dump_json()))
         return answer

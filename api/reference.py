@@ -63,6 +63,14 @@ _KEYS = (
     " must name it. From then on every route but `/healthz` and `/readyz` needs `Authorization: Bearer lorad_...`, and"
     " a change to the keys counts within 5 seconds. An object of another tenant does not exist for you: 404."
 )
+_RATES = (
+    "Wrong keys are answered 401, and 429 `rate_limit_exceeded` once more than `LORAD_FAILED_LOGINS_PER_MINUTE` (10;"
+    " 0 is any number) came from an address within a minute, an IPv6 address being its /64; right keys from there go"
+    " on working. With `LORAD_REQUESTS_PER_MINUTE` (0, which is any number) a key, or without keys an address, has so"
+    " many requests at once and so many in each minute; more are 429 with `Retry-After` and `retry-after-ms`. Every"
+    " answer then says how things stand: `x-ratelimit-limit-requests`, `x-ratelimit-remaining-requests`,"
+    " `x-ratelimit-reset-requests`."
+)
 _ERRORS = (
     'Every failure answers `{"error": {"message", "type", "param", "code"}}`. A bad parameter is 400 and `param` is its'
     " dotted path. 404 is for what the URL, or the `model` of a generation, names; a file or base model that a job's"
@@ -95,6 +103,7 @@ def blocks(endpoints: Iterable[Endpoint]) -> Iterator[Block]:
     yield Paragraph(
         f"Scopes: {', '.join(f'`{scope}`' for scope in keys.SCOPES)}; a key has all but `admin` by default."
     )
+    yield Paragraph(_RATES)
     yield Heading(2, "Errors")
     yield Paragraph(_ERRORS)
     yield Table(("status", "type", "code", "meaning", "headers"), list(_error_rows()))

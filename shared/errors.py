@@ -133,6 +133,23 @@ class QueueFull(LoradError):
         self.retry_after_s = retry_after_s
 
 
+class RateLimited(LoradError):
+    """Too many requests in a minute; try again later."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 1.0,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self.retry_after_s = retry_after_s
+
+
 class DeadlineExceeded(LoradError):
     """The answer was not ready before the deadline."""
 

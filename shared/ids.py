@@ -14,6 +14,7 @@ ADAPTER: Final = "adapter-"
 BASE_MODEL: Final = "base-"
 REQUEST: Final = "req-"
 GENERATOR: Final = "gen-"
+AUDIT_EVENT: Final = "audit-"
 
 _HEX_32 = re.compile(r"[0-9a-f]{32}")
 

@@ -73,6 +73,28 @@ def authenticate(tx: Tx, presented: str) -> ApiKey:
     return key
 
 
+def claimed_id(header: str) -> str | None:
+    """The id that a key in an Authorization header claims to have, for the audit log: it proves nothing."""
+    found = _KEY.search(header)
+    return found[1] if found else None
+
+
+def rotate(tx: Tx, key_id: str, *, grace_s: float) -> tuple[ApiKey, str]:
+    """A new key with the tenant, scopes and label of this one, which stays valid for `grace_s` more; NotFound,
+    InvalidRequest if this one is not valid any more."""
+    is_live = (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > now_ms(tx))
+    old = tx.scalars(select(ApiKey).where(ApiKey.id == key_id)).one_or_none()
+    if old is None:
+        raise NotFound(f"there is no API key {key_id!r}")
+    if old.revoked_at is not None or not tx.scalar(select(is_live).where(ApiKey.id == key_id)):
+        raise InvalidRequest(f"the API key {key_id!r} is revoked or has expired: make a new one", param="id")
+    row, key = create(tx, tenant=old.tenant, scopes=old.scopes, label=old.label)
+    ends_at = row.created_at + int(grace_s * 1000)
+    old.expires_at = ends_at if old.expires_at is None else min(old.expires_at, ends_at)
+    tx.flush()
+    return row, key
+
+
 def any_exist(tx: Tx) -> bool:
     """True once a key was ever made, even if revoked: from then on a key is needed."""
     return tx.scalar(select(ApiKey.id).limit(1)) is not None

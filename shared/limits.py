@@ -46,6 +46,8 @@ TMP_MAX_AGE_S: Final = 24 * 3600
 MAX_IDEMPOTENCY_KEY: Final = 255
 IDEMPOTENCY_KEY_S: Final = 24 * 3600
 SDK_RETRY_S: Final = 15 * 60
+AUDIT_KEPT_S: Final = 90 * 24 * 3600
+REFUSALS_KEPT_PER_MINUTE: Final = 60
 
 NAME_PATTERN: Final = r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?"
 _NAME = re.compile(NAME_PATTERN)

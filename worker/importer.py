@@ -22,7 +22,7 @@ import torch
 from sqlalchemy import Engine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from shared import db, limits
+from shared import audit, db, limits
 from shared.config import Settings
 from shared.errors import InvalidRequest, LoradError, ModelNotFound
 from shared.store import base_models, durable
@@ -82,7 +82,9 @@ def add(settings: Settings, name: str, source: Source) -> BaseModelRow:
             config = {**base_model.describe(base.model, base.tokenizer), "source": source.origin}
             durable.make_durable(staged)  # before the transaction, which holds the database's one write lock
             with db.write(engine) as tx:
-                return base_models.register(tx, layout, staged, name=name, digest=digest, config=config)
+                row = base_models.register(tx, layout, staged, name=name, digest=digest, config=config)
+                audit.record(tx, audit.by_command("base_add", row.name))
+                return row
     finally:
         engine.dispose()
 

@@ -8,7 +8,7 @@ import click
 
 from shared.errors import LoradError
 
-_MODULES = ("client", "servers", "up", "admin", "backup")
+_MODULES = ("client", "servers", "up", "admin", "audit", "backup")
 """Each has COMMANDS. Looked through in this order, so that client commands start without the database's library."""
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import click
 from sqlalchemy import Engine
 
-from shared import db, keys
+from shared import audit, db, keys
 from shared.cli.client_output import Output
-from shared.cli.servers import become, prepare_data_dir, require_installed, worker_command
+from shared.cli.servers import become, require_installed, worker_command
+from shared.cli.startup import prepare_data_dir, refuse_network_sqlite, refuse_open_broker, refuse_read_only
 from shared.config import Settings
 from shared.errors import LoradError
 from shared.queue import Queue
@@ -25,7 +26,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 
 
 @contextmanager
-def _database(settings: Settings) -> Iterator[Engine]:
+def open_database(settings: Settings) -> Iterator[Engine]:
     """The database with this code's schema. SQLite is brought to it, so that keys can be made before the first `up`."""
     if settings.database_url.startswith("sqlite"):
         prepare_data_dir(settings)
@@ -59,14 +60,18 @@ def add_base(name: str, hub: str | None, path: Path | None, gguf: Path | None, b
         raise click.UsageError("exactly one of --hub, --path, --gguf and --bundled is needed")
     settings = Settings.from_env()
     require_installed("torch", "worker")
-    become([*worker_command("importer"), *given, *(["--json"] if as_json else []), "--", name], settings)
+    become(
+        [*worker_command("importer"), *given, *(["--json"] if as_json else []), "--", name],
+        settings,
+        program="importer",
+    )
 
 
 @base.command("list")
 @json_option
 def list_bases(as_json: bool) -> None:
     """The base models there are."""
-    with _database(Settings.from_env()) as engine, db.read(engine) as tx:
+    with open_database(Settings.from_env()) as engine, db.read(engine) as tx:
         rows = [
             {
                 "id": row.id,
@@ -94,8 +99,9 @@ def list_bases(as_json: bool) -> None:
 @json_option
 def remove_base(name: str, as_json: bool) -> None:
     """Forget the base model NAME; refused while adapters or unfinished jobs need it."""
-    with _database(Settings.from_env()) as engine, db.write(engine) as tx:
+    with open_database(Settings.from_env()) as engine, db.write(engine) as tx:
         row = base_models.remove(tx, name)
+        audit.record(tx, audit.by_command("base_remove", row.name))
     Output(as_json=as_json).record({"id": row.id, "name": row.name, "deleted": True}, f"{row.name} is removed.")
 
 
@@ -115,23 +121,43 @@ def keys_group() -> None:
 def create_key(tenant: str, scopes: tuple[str, ...], expires: str | None, label: str | None, as_json: bool) -> None:
     """Make an API key and print it, once: only its hash is kept."""
     expires_s = None if expires is None else _duration_s(expires)
-    with _database(Settings.from_env()) as engine, db.write(engine) as tx:
+    with open_database(Settings.from_env()) as engine, db.write(engine) as tx:
         row, secret = keys.create(
             tx, tenant=tenant, scopes=scopes or keys.DEFAULT_SCOPES, label=label, expires_s=expires_s
         )
+        audit.record(tx, audit.by_command("keys_create", row.id, tenant))
         made = _describe(row)
+    _show_once(made, secret, "From now on every request needs a key.", as_json=as_json)
+
+
+@keys_group.command("rotate")
+@click.argument("key_id", metavar="ID")
+@click.option("--grace", metavar="1d", default="1d", show_default=True, help="How long the old key goes on working.")
+@json_option
+def rotate_key(key_id: str, grace: str, as_json: bool) -> None:
+    """Make a key like this one and print it; both work until the grace is over."""
+    grace_s = _duration_s(grace, "--grace")
+    with open_database(Settings.from_env()) as engine, db.write(engine) as tx:
+        row, secret = keys.rotate(tx, key_id, grace_s=grace_s)
+        for action, one in (("keys_create", row.id), ("keys_expire", key_id)):
+            audit.record(tx, audit.by_command(action, one, row.tenant))
+        made = _describe(row)
+    _show_once(made, secret, f"The old key, {key_id}, works for {grace} more at most.", as_json=as_json)
+
+
+def _show_once(made: dict[str, Any], secret: str, what_else: str, *, as_json: bool) -> None:
     if as_json:
         Output(as_json=True).json_line({**made, "key": secret})
     else:
         click.echo(secret)
-        click.echo("Keep it: it cannot be shown again. From now on every request needs a key.", err=True)
+        click.echo(f"Keep it: it cannot be shown again. {what_else}", err=True)
 
 
 @keys_group.command("list")
 @json_option
 def list_keys(as_json: bool) -> None:
     """The keys there are, without their secrets."""
-    with _database(Settings.from_env()) as engine, db.read(engine) as tx:
+    with open_database(Settings.from_env()) as engine, db.read(engine) as tx:
         rows = [_describe(row) for row in keys.list_all(tx)]
     names = ("id", "tenant", "label", "scopes", "created_at", "expires_at", "revoked_at")
     columns = {name.removesuffix("_at"): (name,) for name in names}
@@ -143,8 +169,9 @@ def list_keys(as_json: bool) -> None:
 @json_option
 def revoke_key(key_id: str, as_json: bool) -> None:
     """Make a key worthless; running servers know within seconds."""
-    with _database(Settings.from_env()) as engine, db.write(engine) as tx:
+    with open_database(Settings.from_env()) as engine, db.write(engine) as tx:
         row = keys.revoke(tx, key_id)
+        audit.record(tx, audit.by_command("keys_revoke", row.id, row.tenant))
         revoked = _describe(row)
     Output(as_json=as_json).record(revoked, f"{row.id} is revoked.")
 
@@ -158,9 +185,9 @@ def _describe(row: ApiKey) -> dict[str, Any]:
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
-def _duration_s(text: str) -> float:
+def _duration_s(text: str, option: str = "--expires") -> float:
     if not (match := re.fullmatch(r"([1-9][0-9]{0,5})([smhdw])", text)):
-        raise click.BadParameter(f"{text!r} is not a number and one of s, m, h, d, w", param_hint="--expires")
+        raise click.BadParameter(f"{text!r} is not a number and one of s, m, h, d, w", param_hint=option)
     return int(match[1]) * _UNITS_S[match[2]]
 
 
@@ -197,12 +224,13 @@ def _examine(subject: str, look: Callable[[], str]) -> Finding:
 
 
 def _look_at_data_dir(settings: Settings) -> str:
-    prepare_data_dir(settings)
+    refuse_read_only(settings)
     free = shutil.disk_usage(settings.data_dir).free
     return f"{settings.data_dir}, {free / 1e9:.1f} GB free"
 
 
 def _look_at_database(settings: Settings) -> str:
+    refuse_network_sqlite(settings)
     engine = db.open_engine(settings.database_url)
     try:
         db.check_schema(engine)
@@ -214,6 +242,7 @@ def _look_at_database(settings: Settings) -> str:
 
 
 def _look_at_broker(settings: Settings) -> str:
+    refuse_open_broker(settings)
     queue = Queue(settings.resolved_broker_url)
     try:
         if not queue.ping():

@@ -17,7 +17,7 @@ from werkzeug.serving import make_server
 
 from api.app import create_app
 from api.auth import KEYLESS
-from api.call import Call
+from api.call import Call, Intent
 from api.idempotency import Attempt
 from api.schemas.wire import Deleted
 from shared import idempotency
@@ -176,7 +176,7 @@ def test_a_key_is_for_one_route(api: Api) -> None:
     file_id = send(api).json()["id"]
     assert refusal(ask(api, file_id)) == (422, "idempotency_mismatch", None)
 
-    call = Call(KEYLESS, api.services)
+    call = Call(KEYLESS, api.services, Intent("files_create"))
     made = Attempt("POST /a", "k-2", None).once(call, {"x": 1}, lambda _: Deleted(id="1", object="file"))
     assert made == Deleted(id="1", object="file")
     with pytest.raises(IdempotencyMismatch):

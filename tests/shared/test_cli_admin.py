@@ -135,3 +135,37 @@ def test_doctor_finds_what_is_missing_and_what_is_there(lorad: Lorad, broker: Br
     monkeypatch.setenv("LORAD_BROKER_URL", broker.url)
 
     assert lorad("doctor").exit_code == 0
+
+
+def test_what_is_done_by_command_is_on_record(lorad: Lorad):
+    """Keys made, replaced and revoked, without their secrets; a listing is not."""
+    made = json.loads(lorad("keys", "create", "--tenant", "acme", "--json").stdout)
+    replaced = json.loads(lorad("keys", "rotate", made["id"], "--grace", "1h", "--json").stdout)
+    lorad("keys", "revoke", made["id"])
+    lorad("keys", "list")
+
+    shown = lorad("audit", "--json").stdout
+
+    events = [json.loads(line) for line in shown.splitlines()]
+    assert sorted((one["action"], one["object_id"], one["tenant"]) for one in events) == [
+        *sorted(("keys_create", one["id"], "acme") for one in (made, replaced)),
+        ("keys_expire", made["id"], "acme"),
+        ("keys_revoke", made["id"], "acme"),
+    ]
+    assert events[0]["action"] == "keys_revoke"
+    assert all(one["actor"].startswith("cli:") for one in events)
+    assert not any(secret in shown for secret in (made["key"], replaced["key"], made["key"].rsplit("_", 1)[1]))
+    assert len(lorad("audit", "--action", "keys_create", "--json").stdout.splitlines()) == 2
+    assert "acme" in lorad("audit", "--object", made["id"]).stdout
+    assert "Nothing" in lorad("audit", "--tenant", "other").stdout
+
+
+def test_a_rotated_key_works_beside_the_new_one(lorad: Lorad):
+    """Standard output is the new key alone; both open the API until the grace is over."""
+    old = lorad("keys", "create", "--scope", "generate").stdout.strip()
+
+    new = lorad("keys", "rotate", old.split("_")[1], "--grace", "30d").stdout.removesuffix("\n")
+
+    assert authenticate(old).scopes == authenticate(new).scopes == ["generate"]
+    assert authenticate(old).expires_at is not None
+    assert lorad("keys", "rotate", old.split("_")[1], "--grace", "soon").exit_code == 2

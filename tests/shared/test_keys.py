@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 
 from shared import keys
 from shared.db import read, write
@@ -108,3 +108,66 @@ def test_bad_keys_are_not_made(engine: Engine, options: dict[str, object]) -> No
 
     with read(engine) as tx:
         assert not keys.any_exist(tx)
+
+
+def test_no_wrong_key_is_refused_sooner_than_another(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown id costs the statements and the comparison of whole digests that a wrong secret costs."""
+    compared: list[tuple[int, int]] = []
+    sent: list[str] = []
+    compare = keys.hmac.compare_digest
+
+    def note(one: str, other: str) -> bool:
+        compared.append((len(one), len(other)))
+        return compare(one, other)
+
+    monkeypatch.setattr(keys.hmac, "compare_digest", note)
+    event.listen(engine, "before_cursor_execute", lambda _c, _cursor, statement, *_: sent.append(statement))
+    with write(engine) as tx:
+        _, good = keys.create(tx)
+    prefix, key_id, secret = good.split("_")
+    wrong = (f"{prefix}_{key_id}_{'0' * 64}", f"{prefix}_{'0' * 16}_{secret}", "nonsense")
+    sent.clear()
+
+    work = []
+    for key in wrong:
+        with read(engine) as tx, pytest.raises(Unauthenticated):
+            keys.authenticate(tx, key)
+        work.append((list(sent), list(compared)))
+        sent.clear()
+        compared.clear()
+
+    assert work[0] == work[1] == work[2]
+    assert work[0][1] == [(64, 64)]
+
+
+def test_rotation_leaves_two_live_keys_for_a_while(engine: Engine) -> None:
+    """The new key has all that the old one had; the old one ends after the grace, or sooner if it would have anyway."""
+    with write(engine) as tx:
+        old, old_key = keys.create(tx, tenant="acme", scopes=["generate"], label="ci")
+        brief, _ = keys.create(tx, expires_s=60)
+        new, new_key = keys.rotate(tx, old.id, grace_s=3600)
+        keys.rotate(tx, brief.id, grace_s=3600)
+
+    with read(engine) as tx:
+        assert (new.tenant, new.scopes, new.label, new.expires_at) == ("acme", ["generate"], "ci", None)
+        assert [keys.authenticate(tx, key).id for key in (old_key, new_key)] == [old.id, new.id]
+        assert tx.get_one(ApiKey, old.id).expires_at == new.created_at + 3_600_000
+        assert tx.get_one(ApiKey, brief.id).expires_at == brief.created_at + 60_000
+
+
+def test_a_dead_key_is_not_rotated(engine: Engine) -> None:
+    """Neither a revoked nor an expired nor an absent one comes back to life under another number."""
+    with write(engine) as tx:
+        revoked, _ = keys.create(tx)
+        keys.revoke(tx, revoked.id)
+        expired, _ = keys.create(tx, expires_s=60)
+        tx.get_one(ApiKey, expired.id).expires_at = expired.created_at
+        tx.flush()
+        for key_id in (revoked.id, expired.id):
+            with pytest.raises(InvalidRequest, match=key_id):
+                keys.rotate(tx, key_id, grace_s=60)
+        with pytest.raises(NotFound):
+            keys.rotate(tx, "nobody", grace_s=60)
+
+    with read(engine) as tx:
+        assert len(keys.list_all(tx)) == 2
