@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
 from sqlalchemy.exc import DBAPIError
 
 from shared import audit, db, idempotency, jobs
@@ -19,6 +19,13 @@ log = logging.getLogger(__name__)
 CLEAN_EVERY_S: Final = 600.0
 SCRUB_SAMPLE: Final = 4
 MAX_RINGS: Final = 16
+
+
+class _HungMeanwhile(Exception):
+    """The sweep took so long that leases ran out while nobody could renew them; it is undone."""
+
+    def __str__(self) -> str:
+        return "it hung during a sweep"
 
 
 class Sweeper:
@@ -59,18 +66,22 @@ class Sweeper:
         """What one sweep of the ledger did; None if the database does not answer."""
         try:
             with db.write(engine) as tx:
+                tx.execute(select(1))  # what hung until now has let nobody renew a lease either
+                may_expire, began = self._note_sight(), self._clock()
                 swept = jobs.sweep(
                     tx,
-                    may_expire=self._note_sight(),
+                    may_expire=may_expire,
                     lease_s=self._lease_s,
                     max_job_s=self._max_job_s,
                     max_running=self._max_running,
                 )
+                if self._clock() - began > self._lease_s / 2:
+                    raise _HungMeanwhile
             self._seen_last = self._clock()
             self._warn_of(frozenset(swept.unheeded))
             if swept.ring:
                 self._ring(engine, queue, swept.waiting)
-        except DBAPIError as error:
+        except (DBAPIError, _HungMeanwhile) as error:
             log.warning("the database does not answer: %s", error)
             self._seen_since = None
             return None
