@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import Engine
 
 from shared.db import migrate, open_engine
 from shared.tables import Table
 from tests.servers import Broker, Postgres, run_broker, run_postgres
+
+# `--hypothesis-profile=campaign`: as `make chaos` runs what `make test` runs a short part of.
+settings.register_profile("campaign", max_examples=300, deadline=None, print_blob=True)
 
 
 @pytest.fixture(scope="session")
