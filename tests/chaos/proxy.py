@@ -121,11 +121,14 @@ class Proxy:
                 client.close()
                 continue
             server.settimeout(None)
-            for end in (client, server):
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pair = _Pair(client, server)
+            with suppress(OSError):
+                for end in (client, server):
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._pairs.add(pair)
+            if self._is_cut:
+                pair.reset()
             for upward in (True, False):
                 threading.Thread(target=self._pump, args=(pair, upward), name="proxy-pump", daemon=True).start()
 

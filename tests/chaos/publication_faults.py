@@ -84,6 +84,7 @@ def frozen(bench: Bench) -> None:
         lab.sweeper()
         lab.trainer(slots=4)
         lab.wait_succeeded(ids, at_most_s=120)
+        assert all(trainer.is_stopped for trainer in zombies)
         for trainer in zombies:
             trainer.wake()
         for trainer in zombies:
