@@ -19,14 +19,17 @@ TIMEOUT_S = 60.0
 
 @contextmanager
 def sweeping(world: World, broker_url: str, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`lorad sweeper` over this world, with short times; stopped by SIGTERM, be it that it has not quite begun."""
+    """`lorad sweeper` over this world, with short times; stopped by SIGTERM, be it that it has not quite begun.
+
+    Half a lease is the gap in its own sweeping that it forgives, so it must be longer than a busy machine takes.
+    """
     env = {key: value for key, value in os.environ.items() if not key.startswith("LORAD_")} | {
         "LORAD_DATA_DIR": str(world.layout.root),
         "LORAD_DATABASE_URL": world.engine.url.render_as_string(hide_password=False),
         "LORAD_BROKER_URL": broker_url,
-        "LORAD_SWEEP_S": "0.1",
-        "LORAD_HEARTBEAT_S": "0.2",
-        "LORAD_LEASE_S": "0.5",
+        "LORAD_SWEEP_S": "0.2",
+        "LORAD_HEARTBEAT_S": "1",
+        "LORAD_LEASE_S": "4",
         **settings,
     }
     with subprocess.Popen([sys.executable, "-m", "shared.cli", "sweeper"], env=env) as process:
