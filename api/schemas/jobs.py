@@ -42,7 +42,8 @@ class Training(In):
     the rate of full fine-tuning, about 15 times in short runs, nearly whatever its rank ("LoRA Without Regret",
     Thinking Machines 2025). B learns at `lora_plus_ratio` times the rate of A (LoRA+).
 
-    `max_steps` wins over n_epochs. `max_seconds` ends the training after so much time, with an adapter.
+    `max_steps` wins over n_epochs. `max_seconds` ends the training after so much time, with an adapter; an operator may
+    limit all jobs (LORAD_MAX_JOB_S), and a job that meets that ends without one.
     `max_seq_len` defaults to 1024 or the model's context, whichever is less. `train_on` says whether prompts are
     learnt too.
 
