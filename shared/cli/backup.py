@@ -174,6 +174,7 @@ def _prepare_target(target: Path, data_dir: Path) -> None:
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(target.iterdir()):
         raise LoradError(f"{target} is not empty; a backup needs a directory of its own")
+    target.chmod(0o700)  # also one that was there: what was private in the data directory stays so
 
 
 def _refuse_used(layout: Layout, engine: Engine, record: store.Record) -> None:

@@ -354,6 +354,14 @@ def test_a_backup_does_not_lie_in_what_it_protects(world: World, here: Place) ->
     assert not (world.layout.root / "backup").exists()
 
 
+def test_a_backup_is_as_private_as_its_data(here: Place, tmp_path: Path) -> None:
+    """Nobody else can look into a directory that was open before a backup went into it."""
+    (tmp_path / "kept").mkdir(mode=0o755)
+    here.lorad("backup", tmp_path / "kept")
+
+    assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+
+
 def test_models_may_be_left_out(world: World, here: Place, there: Place, tmp_path: Path) -> None:
     """Without them a restoration says which models are to be brought back otherwise."""
     assert here.lorad("backup", "--without-models", tmp_path / "kept").exit_code == 0
