@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, text
 
 from shared import jobs
 from shared.cli import dumps
 from shared.cli import lorad as lorad_command
 from shared.db import open_engine, read, write
-from shared.errors import LoradError, OwnershipLost
+from shared.errors import AdapterCorrupt, LoradError, OwnershipLost
 from shared.store import adapters, backup, checkpoints, durable, files, garbage
 from shared.store.layout import Layout
 from shared.tables import AdapterVersion, Job, Table
@@ -360,6 +360,25 @@ def test_a_backup_is_as_private_as_its_data(here: Place, tmp_path: Path) -> None
     here.lorad("backup", tmp_path / "kept")
 
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_corrupt_adapter_is_healed_from_a_backup(world: World, here: Place, tmp_path: Path) -> None:
+    """Its directory from the backup, its state set back by hand: then it is served, and not with damaged bytes."""
+    version = published(world)
+    here.lorad("backup", tmp_path / "kept")
+    directory = world.layout.adapter(version.id)
+    flip(directory / "adapter_model.safetensors")
+    set_ready = text("UPDATE adapter_versions SET state = 'ready' WHERE id = :id")
+    with write(world.engine) as tx:
+        adapters.mark_corrupt(tx, version.id)
+        tx.execute(set_ready, {"id": version.id})
+    with pytest.raises(AdapterCorrupt), read(world.engine) as tx:
+        adapters.verify(world.layout, adapters.get_version(tx, version.id))
+
+    shutil.copytree(tmp_path / "kept" / "adapters" / version.id, directory, dirs_exist_ok=True)
+
+    with read(world.engine) as tx:
+        assert adapters.verify(world.layout, adapters.get_version(tx, version.id)) == directory
 
 
 def test_models_may_be_left_out(world: World, here: Place, there: Place, tmp_path: Path) -> None:
