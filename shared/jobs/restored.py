@@ -19,11 +19,13 @@ def put_back_restored(tx: Tx) -> int:
     fence of every unfinished job beyond any that a program of before may hold. Returns how many ran.
 
     Fences given out after the backup were lost with it: without the jump one of them would be given out twice, and a
-    trainer left over from before would own the job as well.
+    trainer left over from before would own the job as well. An attempt ended with its last heartbeat: the time that the
+    backup lay somewhere is not time that the job ran.
     """
-    running = list(tx.scalars(select(Job.id).where(Job.state == JobState.RUNNING)))
-    for job_id in running:
-        follow(tx, "give_back", job_id, values={"attempt": Job.attempt - 1}, message=_MESSAGE)
+    running = tx.execute(select(Job.id, Job.heartbeat_at).where(Job.state == JobState.RUNNING)).all()
+    for job_id, heartbeat_at in running:
+        values = {"attempt": Job.attempt - 1}
+        follow(tx, "give_back", job_id, values=values, message=_MESSAGE, ended_at=heartbeat_at)
     unfinished = update(Job).where(Job.finished_at.is_(None))
     tx.execute(unfinished.values(fence=Job.fence + FENCE_JUMP), execution_options={"synchronize_session": False})
     return len(running)

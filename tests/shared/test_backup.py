@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, select, text, update
 
 from shared import jobs
 from shared.cli import dumps
@@ -18,7 +18,7 @@ from shared.db import open_engine, read, write
 from shared.errors import AdapterCorrupt, LoradError, OwnershipLost
 from shared.store import adapters, backup, checkpoints, durable, files, garbage
 from shared.store.layout import Layout
-from shared.tables import AdapterVersion, Job, Table
+from shared.tables import AdapterVersion, Job, JobAttempt, Table
 from tests.servers import Postgres, postgres_binaries
 from tests.shared.conftest import World, flip, published, tree
 
@@ -292,6 +292,28 @@ def test_a_trainer_from_before_owns_nothing_after_it(world: World, here: Place, 
         with pytest.raises(OwnershipLost), write(restored.engine) as tx:
             jobs.succeed(tx, old, prepared)
     restored.engine.dispose()
+
+
+def test_the_age_of_a_backup_is_not_time_that_a_job_ran(
+    world: World, here: Place, there: Place, tmp_path: Path
+) -> None:
+    """The attempt that the backup caught ended with its last heartbeat, so no limit on a job's time is used up."""
+    claim = world.running()
+    with write(world.engine) as tx:
+        hour_ms = 3_600_000
+        tx.execute(update(Job).values(heartbeat_at=Job.heartbeat_at - hour_ms, started_at=Job.started_at - hour_ms))
+        tx.execute(update(JobAttempt).values(started_at=JobAttempt.started_at - hour_ms))
+    here.lorad("backup", tmp_path / "kept")
+    there.lorad("restore", tmp_path / "kept")
+
+    restored = opened(there, world)
+    with write(restored.engine) as tx:
+        attempt = tx.scalars(select(JobAttempt)).one()
+        overdue = jobs.sweep(tx, may_expire=True, max_job_s=60.0).overdue
+    restored.engine.dispose()
+    assert (attempt.fence, attempt.outcome, overdue) == (claim.fence, "given back", 0)
+    assert attempt.ended_at is not None
+    assert abs(attempt.ended_at - attempt.started_at) < 60_000
 
 
 def test_a_queued_job_stays_queued(world: World, here: Place, there: Place, tmp_path: Path) -> None:
