@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from sqlalchemy import Engine
 
-from shared import db, jobs
+from shared import audit, db, jobs
 from shared.cli import dumps
 from shared.cli.client_output import Output
 from shared.config import Settings
@@ -109,17 +109,17 @@ def _restore_database(source: Path, engine: Engine, record: store.Record) -> int
     path = dumps.sqlite_path(engine)
     url = engine.url.render_as_string(hide_password=False)
     if record.database is None:
-        return _mend(url)
+        return _mend(url, source)
     dump, recorded = source / record.database, record.files[record.database]
     if store.facts_of(dump) != recorded:
         raise LoradError(f"the backup is damaged: {record.database} is missing or not what {store.RECORD} says")
     if path is None:
         dumps.restore_postgres(engine, dump)
-        return _mend(url)
+        return _mend(url, source)
     staged = path.with_name(f"{path.name}.restore-{os.getpid()}")
     try:
         store.copy_file(dump, staged)
-        requeued = _mend(f"sqlite:///{staged}")
+        requeued = _mend(f"sqlite:///{staged}", source)
         make_durable(staged)
         os.rename(staged, path)
     finally:
@@ -128,10 +128,11 @@ def _restore_database(source: Path, engine: Engine, record: store.Record) -> int
     return requeued
 
 
-def _mend(url: str) -> int:
+def _mend(url: str, source: Path) -> int:
     """Bring a restored database to this code's schema and its jobs back into the queue; returns how many ran."""
     db.migrate(url)
     with _engine(url) as engine, db.write(engine) as tx:
+        audit.record(tx, audit.by_command("restore", source.name))
         return jobs.put_back_restored(tx)
 
 
