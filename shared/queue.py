@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from shared import ids
+from shared import broker_transport, ids
 from shared.answers import PREFIX, AnswerReader, AnswerWriter
 from shared.claims import Claims
 from shared.errand import Errand
@@ -81,6 +81,7 @@ def _own_queue(base_model_id: str, generator_id: str) -> BrokerQueue:
 
 def celery_app(broker_url: str, *, timeout_s: float = 30.0) -> Celery:
     """The Celery application for a redis://, rediss:// or unix:// broker, for a worker; `timeout_s` is per answer."""
+    broker_transport.install()
     app = Celery("lorad", broker=broker_url.replace("unix://", "redis+socket://", 1), set_as_current=False)
     app.conf.update(
         accept_content=["json"],
@@ -97,6 +98,7 @@ def celery_app(broker_url: str, *, timeout_s: float = 30.0) -> Celery:
         worker_pool="threads",
         worker_hijack_root_logger=False,
         worker_send_task_events=False,
+        worker_enable_remote_control=False,  # anybody on the broker could say 'shutdown'
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry=True,
         broker_connection_retry_on_startup=True,

@@ -312,6 +312,7 @@ def test_settings_are_those_of_the_design() -> None:
     assert (conf.task_acks_late, conf.task_ignore_result, conf.result_backend) == (False, True, None)
     assert (conf.worker_prefetch_multiplier, conf.worker_disable_prefetch) == (1, True)
     assert (conf.worker_pool, conf.task_publish_retry) == ("threads", False)
+    assert conf.worker_enable_remote_control is False
     assert conf.broker_transport_options["global_keyprefix"] == "lorad:"
 
 
