@@ -69,7 +69,7 @@ def disk_full(bench: Bench) -> None:
     with _small_disk(directory), bench.lab(data_dir=directory / "data") as lab:
         trainer = lab.trainer(slots=2)
         sweeper = lab.sweeper()
-        ids = lab.submit(2, seconds=4)
+        ids = lab.submit(2, seconds=15)
         for job_id in ids:
             lab.wait_for_step(job_id, 1)
         filler = directory / "filler"
