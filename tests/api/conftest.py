@@ -6,12 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from flask import Flask
 from openai import OpenAI
 from sqlalchemy import Engine
 from werkzeug.serving import make_server
@@ -123,6 +125,7 @@ class Api:
     http: httpx2.Client
     generator: FakeGenerator
     services: Services
+    app: Flask
 
     def seats_free(self) -> bool:
         """True if nobody waits for news or follows a stream."""
@@ -217,6 +220,13 @@ def settings(request: pytest.FixtureRequest, broker_url: str, tmp_path: Path) ->
 @pytest.fixture
 def api(settings: Settings, broker: Broker) -> Iterator[Api]:
     """The API with one base model, `tiny`, whose generator says hello."""
+    with serve(settings, broker) as running:
+        yield running
+
+
+@contextmanager
+def serve(settings: Settings, broker: Broker) -> Iterator[Api]:
+    """What the fixture `api` is, for as long as a test file wants it."""
     app = create_app(settings)
     services = app.extensions["lorad"][1]
     with write(services.engine) as tx, durable.staging(services.layout) as staged:
@@ -232,7 +242,7 @@ def api(settings: Settings, broker: Broker) -> Iterator[Api]:
     for thread in threads:
         thread.start()
     with httpx2.Client(base_url=url, timeout=20, trust_env=False) as http:
-        yield Api(url, services.engine, services.layout, base, http, generator, services)
+        yield Api(url, services.engine, services.layout, base, http, generator, services, app)
     generator.stop()
     server.shutdown()
     server.server_close()
