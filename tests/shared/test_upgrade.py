@@ -18,7 +18,7 @@ from shared.db import alembic_config, check_schema, downgrade, migrate, open_eng
 from shared.errors import StartupError
 from shared.jobs import Claim
 from shared.specs import Order, TrainSpec
-from shared.store import adapters, base_models, files
+from shared.store import adapters, backup, base_models, files
 from shared.store.layout import Layout
 from shared.tables import Checkpoint, Job
 from tests.servers import Postgres
@@ -76,6 +76,16 @@ def test_the_old_database_is_old(old: SimpleNamespace) -> None:
     assert surviving(old.engine) == written(old)
     with pytest.raises(StartupError, match="lorad migrate"):
         check_schema(old.engine)
+
+
+def test_today_s_backup_reads_the_old_schema(old: SimpleNamespace) -> None:
+    """Whoever installs the new version first can still back up before migrating: every object is found."""
+    with read(old.engine) as tx:
+        found = {stored.path for stored in backup.named(tx)}
+
+    checkpoint = f"checkpoints/{first.RUNNING}/10-2"
+    kept = {f"files/{first.FILE}", f"files/{first.RESULT}", f"adapters/{first.VERSION}", f"models/{first.BASE}"}
+    assert found == kept | {checkpoint}
 
 
 def test_every_row_survives(migrated: SimpleNamespace) -> None:
