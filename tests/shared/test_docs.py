@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from shared import jobs
 
 ROOT = Path(__file__).parents[2]
@@ -27,3 +29,18 @@ def test_every_stop_of_a_flow_exists() -> None:
 
     assert len(stops) > 15
     assert missing == []
+
+
+@pytest.mark.parametrize("page", ["operations.md", "security.md"])
+def test_what_a_page_says_is_proved_is_there(page: str) -> None:
+    """Each test, fault and file that the page names in backticks exists."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    proofs = set(re.findall(r"`(test_\w+)`", text))
+    faults = set(re.findall(r"`([a-z]+(?:-[a-z]+)+)`", text))
+    files = set(re.findall(r"`((?:api|worker|shared|tests|migrations)/[\w./-]+)`", text))
+
+    assert len(proofs) > 5
+    assert {name for name in proofs if not re.search(rf"def {name}\b", code)} == set()
+    assert {name for name in faults if f'"{name}"' not in code} == set()
+    assert {name for name in files if not (ROOT / name).exists()} == set()
