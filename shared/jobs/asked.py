@@ -45,7 +45,7 @@ def submit(tx: Tx, new: NewJob, *, max_queued: int) -> Job:
 
 def request_cancel(tx: Tx, tenant: str, job_id: str) -> Job:
     """The job, cancelled if nobody trains it, else asked to stop; StateConflict if it has ended. Twice is once."""
-    get(tx, tenant, job_id)
+    _lock(tx, tenant, job_id)
     for arc in ("cancel_queued", "cancel_paused"):
         if job := follow(tx, arc, job_id, values={"cancel_requested_at": now_ms(tx)}, message=CANCELLED):
             return job
@@ -54,7 +54,7 @@ def request_cancel(tx: Tx, tenant: str, job_id: str) -> Job:
 
 def request_pause(tx: Tx, tenant: str, job_id: str) -> Job:
     """The job, paused if nobody trains it, else asked to pause; StateConflict if it has ended. Twice is once."""
-    if (job := get(tx, tenant, job_id)).state == JobState.PAUSED:
+    if (job := _lock(tx, tenant, job_id)).state == JobState.PAUSED:
         return job
     now = now_ms(tx)
     if paused := follow(tx, "pause_queued", job_id, values={"pause_requested_at": now}, message=PAUSED):
@@ -64,11 +64,21 @@ def request_pause(tx: Tx, tenant: str, job_id: str) -> Job:
 
 def resume(tx: Tx, tenant: str, job_id: str) -> Job:
     """The paused job, queued again; StateConflict if it is not paused. Ring the doorbell after the commit."""
-    get(tx, tenant, job_id)
+    _lock(tx, tenant, job_id)
     values = {"pause_requested_at": None, "not_before": 0}
     if job := follow(tx, "resume", job_id, values=values, message="The job was resumed and queued."):
         return job
     raise StateConflict(f"job {job_id} is {get(tx, tenant, job_id).state}, only a paused job can be resumed")
+
+
+def _lock(tx: Tx, tenant: str, job_id: str) -> Job:
+    """The tenant's job, locked until the transaction ends; NotFound.
+
+    Several arcs are tried in turn, and a trainer must not move the job from one that was tried to one that is to come.
+    """
+    get(tx, tenant, job_id)
+    query = select(Job).where(Job.id == job_id).with_for_update()
+    return tx.scalars(query, execution_options={"populate_existing": True}).one()
 
 
 def _ask_running(tx: Tx, tenant: str, job_id: str, column: str, participle: str) -> Job:
