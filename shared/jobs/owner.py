@@ -123,6 +123,7 @@ def published_version(tx: Tx, job_id: str) -> AdapterVersion | None:
 
 def fail(tx: Tx, claim: Claim, *, code: str, message: str, param: str | None = None) -> None:
     """End the job as failed (as cancelled if that was asked); raises OwnershipLost."""
+    _lock(tx, claim)  # so that no cancel is accepted between the two
     if _follow_cancel(tx, claim):
         return
     _need(_fail(tx, claim, code=code, message=message, param=param))
