@@ -57,7 +57,7 @@ def claim_next(
     that it cannot take has waited a minute it gets nothing more, so that it comes free. A job that runs alone keeps its
     trainer to itself.
     """
-    _lock_claims(tx)
+    lock_claims(tx)
     alone = list(tx.scalars(select(Job.runs_alone).where(Job.state == JobState.RUNNING, Job.lease_owner == trainer)))
     if any(alone):
         return None
@@ -73,7 +73,7 @@ def take_back(tx: Tx, *, trainer: str, held: Collection[str]) -> int:
 
     That is what is left of a claim whose COMMIT was done and whose answer was lost. The attempt is not charged.
     """
-    _lock_claims(tx)  # a COMMIT without an answer may still be under way
+    lock_claims(tx)  # a COMMIT without an answer may still be under way
     mine = select(Job).where(Job.state == JobState.RUNNING, Job.lease_owner == trainer, Job.id.not_in(held))
     unheld = tx.scalars(mine, execution_options={"populate_existing": True}).all()
     message = "The job was put back in the queue: the answer to its trainer's claim was lost"
@@ -82,7 +82,7 @@ def take_back(tx: Tx, *, trainer: str, held: Collection[str]) -> int:
     return len(unheld)
 
 
-def _lock_claims(tx: Tx) -> None:
+def lock_claims(tx: Tx) -> None:
     """Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway."""
     if tx.get_bind().dialect.name == "postgresql":
         tx.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))

@@ -8,7 +8,7 @@ from sqlalchemy import Select, case, func, or_, select, update
 
 from shared.db import Tx, now_ms
 from shared.jobs.arcs import append_event, follow
-from shared.jobs.claim import backoff_s, claimable
+from shared.jobs.claim import backoff_s, claimable, lock_claims
 from shared.tables import Job, JobAttempt, JobEvent, JobState
 
 RING_AGAIN_MS: Final = 30_000
@@ -69,6 +69,7 @@ def sweep(
 
 def mark_rung(tx: Tx) -> None:
     """Note that the doorbell rang for everything that waits now."""
+    lock_claims(tx)  # who answers the ring at once must not pass over a job because its row is being written here
     now = now_ms(tx)
     waiting = update(Job).where(Job.state == JobState.QUEUED, Job.not_before <= now)
     tx.execute(waiting.values(rung_at=now), execution_options={"synchronize_session": False})
