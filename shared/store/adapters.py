@@ -125,6 +125,7 @@ def aliases(tx: Tx, adapter: Adapter) -> dict[str, int]:
 
 def set_aliases(tx: Tx, adapter: Adapter, changes: Mapping[str, int | None]) -> None:
     """Point aliases at versions, None removes; InvalidRequest for a name that reads as a version, NotFound."""
+    _lock(tx, adapter.tenant, adapter.name)
     for alias, number in changes.items():
         if not limits.is_name(alias) or alias.isdecimal() or alias == "latest":
             raise InvalidRequest(f"{alias!r} cannot be an alias: it is no name, or it reads as a version")
@@ -162,7 +163,7 @@ def delete(tx: Tx, tenant: str, name: str) -> Adapter:
 
     The row stays, so that a version number of this name is never used again.
     """
-    adapter = get(tx, tenant, name)
+    adapter = _lock(tx, tenant, name)
     for version in versions(tx, adapter):
         _forget(tx, version)
     gone = update(Adapter).where(Adapter.id == adapter.id)
@@ -177,7 +178,7 @@ def delete(tx: Tx, tenant: str, name: str) -> Adapter:
 
 def delete_version(tx: Tx, tenant: str, name: str, version: int) -> AdapterVersion:
     """The version, deleted; its aliases go with it, and the adapter with its last version."""
-    adapter = get(tx, tenant, name)
+    adapter = _lock(tx, tenant, name)
     row = _numbered(tx, adapter, version)
     _forget(tx, row)
     _touch(tx, adapter)
@@ -190,6 +191,19 @@ def mark_corrupt(tx: Tx, version_id: str) -> None:
     """Serve this version no more."""
     ready = update(AdapterVersion).where(AdapterVersion.id == version_id, AdapterVersion.state == "ready")
     tx.execute(ready.values(state="corrupt"), execution_options={"synchronize_session": False})
+
+
+def _lock(tx: Tx, tenant: str, name: str) -> Adapter:
+    """The live adapter, locked until the transaction ends; NotFound.
+
+    A publication locks it too: it is either seen by what follows, or comes after it. Whoever changes versions or
+    aliases locks the adapter first, so that no two wait for each other.
+    """
+    query = select(Adapter).where(Adapter.id == get(tx, tenant, name).id, Adapter.deleted_at.is_(None))
+    adapter = tx.scalars(query.with_for_update(), execution_options=_UNSYNCHRONISED).one_or_none()
+    if adapter is None:
+        raise NotFound(f"there is no adapter {name!r}")
+    return adapter
 
 
 def _kept(adapter: Adapter) -> Select[AdapterVersion]:
