@@ -109,6 +109,11 @@ def cached_rows(rows: Rows) -> Iterator[None]:
         _rows.reset(token)
 
 
+def current_rows() -> Rows | None:
+    """The rows of the generation step that this thread is in."""
+    return _rows.get()
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -151,6 +151,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
             assert start + num_tokens <= self._needs[row], "a row outgrows what it said it needs"
             self._touched[row] = max(self._touched[row], start + num_tokens)
 
+    def put(self, layer: int, keys_TGD: Tensor, values_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's keys and values of the step; returns the whole layer's, (S, G, L, D)."""
+        kept: tuple[Tensor, Tensor] = self.layers[layer].put(keys_TGD, values_TGD)
+        return kept
+
     def write_to(self, where_T: Tensor) -> None:
         """Forwards from now on write there: row times `room`'s positions plus position, or `spare`, of each token."""
         for layer in self.layers:
@@ -206,10 +211,14 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships n
         """Nothing: the room is there from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the step's keys and values, (1, G, T, D); returns the whole layer's, (S, G, L, D)."""
+        """`put` of (1, G, T, D), as Transformers calls it."""
+        return self.put(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+
+    def put(self, keys_TGD: Tensor, values_TGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the step's keys and values; returns the whole layer's, (S, G, L, D)."""
         keys, values = self._flat
-        keys.index_copy_(0, self.where_T, key_states[0].transpose(0, 1))
-        values.index_copy_(0, self.where_T, value_states[0].transpose(0, 1))
+        keys.index_copy_(0, self.where_T, keys_TGD)
+        values.index_copy_(0, self.where_T, values_TGD)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

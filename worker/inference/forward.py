@@ -2,7 +2,7 @@
 
 # Shapes: T tokens of the step, W rows whose next token is wanted, V vocabulary.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,11 +14,12 @@ from worker.attention import cached_rows
 from worker.base_model import BaseModel
 from worker.inference.cache import PlaneProbe, SlotCache
 from worker.inference.graphs import StepGraphs
+from worker.inference.lean import make_lean
 from worker.kernels import norms
-from worker.kernels.packed_linear import Product, can_pack, packed_product
+from worker.kernels.packed_linear import PackedProduct, can_pack
 from worker.kernels.row_attention import Chunk, RowAttention
 from worker.lora.bank import AdapterBank
-from worker.lora.sites import plain_product
+from worker.lora.product import PlainProduct, Product
 from worker.lora.targets import linear_modules
 
 
@@ -56,11 +57,13 @@ class RowForward:
 
         head = self._model.get_output_embeddings()
         packs = can_pack([head.weight, *(layer.weight for layer in linear_modules(base.model).values())])
-        self.bank = AdapterBank(base.model, look, product=packed_product if packs else plain_product)
+        self.bank = AdapterBank(base.model, look, product=PackedProduct if packs else PlainProduct)
         self._head = head if packs else None
         if packs:
-            vars(head)["forward"] = _whole(packed_product(head.weight, head.bias), len(head.weight))
-        self._norms = _fuse_norms(base.model) if base.device.type == "cuda" else []
+            vars(head)["forward"] = _whole(PackedProduct(head.weight, head.bias), len(head.weight))
+        # On a GPU graphs hide what starting operations costs, which is what the lean form saves.
+        on_gpu = base.device.type == "cuda"
+        self._changed = _fuse_norms(base.model) if on_gpu else make_lean(base.model, self.bank.sites)
         self.cache = SlotCache(
             probe.planes,
             max_rows=max_rows,
@@ -74,8 +77,8 @@ class RowForward:
         if self._graphs is not None:
             self._graphs.clear()
         self.bank.close()
-        for norm in self._norms:
-            vars(norm).pop("forward", None)
+        for module in self._changed:
+            vars(module).pop("forward", None)
         if self._head is not None:
             vars(self._head).pop("forward", None)
 
@@ -149,6 +152,6 @@ def _fuse_norms(model: nn.Module) -> list[nn.Module]:
     return changed
 
 
-def _whole(product: Product, head_size: int) -> Product:
+def _whole(product: Product, head_size: int) -> Callable[[Tensor], Tensor]:
     """The same for an input of any leading shape."""
     return lambda x: product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], head_size)

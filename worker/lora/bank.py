@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from shared.errors import IncompatibleAdapter, StateConflict
 from shared.specs import AdapterShare
 from worker.lora.fit import Places, check_fits
-from worker.lora.sites import MakeProduct, Site, find_sites, plain_product
+from worker.lora.product import MakeProduct, PlainProduct
+from worker.lora.sites import Site, find_sites
 from worker.lora.spec import LoadedAdapter
 from worker.lora.stack import Columns, Part, Stack
 from worker.lora.targets import linear_modules
@@ -93,12 +94,11 @@ class AdapterBank:
     model, all but `pack` for the thread that owns the model. `close` gives the model back as it was.
     """
 
-    def __init__(self, model: nn.Module, probe: Callable[[], object], *, product: MakeProduct = plain_product) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, probe: Callable[[], object], *, product: MakeProduct = PlainProduct) -> None:
         self._layers = linear_modules(model)
         self._places = Places.of(model)
         first = next(iter(self._layers.values())).weight
-        self._dtype, self._device = first.dtype, first.device
+        self._dtype, self._device, self._product = first.dtype, first.device, product
         self.sites = find_sites(model, probe, product)
         self._kinds: list[Kind] = []
         self._where: dict[str, tuple[int, int, int]] = {}
@@ -297,7 +297,7 @@ class AdapterBank:
         stack = Stack(
             members, kind.member_sizes, num_layers=len(kind.sites),
             in_features=kind.sites[0].in_features, num_columns=self._columns.capacity, dtype=self._dtype,
-            device=self._device,
+            device=self._device, product=self._product,
         )  # fmt: skip
         for name, columns in self._columns.of.items():
             stack.put(columns, self._attached[name].parts.get(number))

@@ -8,21 +8,13 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from worker.lora.product import MakeProduct
 from worker.lora.targets import linear_modules
 from worker.lora.update import Linear, weight_OI
 
 AddUpdates = Callable[[Tensor, Tensor], None]
 """(x (T, I), y (T, O)): adds to y, in place, what this step's adapters do at a site."""
-Product = Callable[[Tensor], Tensor]
-"""x (T, I) -> x W^T + b (T, O)."""
-MakeProduct = Callable[[Tensor, Tensor | None], Product]
-"""From W (O, I) and b (O,)."""
-
-
-def plain_product(weight_OI: Tensor, bias_O: Tensor | None) -> Product:
-    return lambda x_TI: functional.linear(x_TI, weight_OI, bias_O)
 
 
 class Site:
@@ -55,6 +47,20 @@ class Site:
             layer.__dict__.pop("forward", None)
         self._seen, self._parts = None, ()
 
+    def compute(self, x_TI: Tensor) -> Tensor:
+        """What all its layers give together, (T, O), with the updates."""
+        y_TO = self._product(x_TI)
+        if self.add_updates is not None:
+            self.add_updates(x_TI, y_TO)
+        return y_TO
+
+    def onto(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
+        """`compute` added to y, a new tensor."""
+        sum_TO = self._product.onto(x_TI, y_TO)
+        if self.add_updates is not None:
+            self.add_updates(x_TI, sum_TO)
+        return sum_TO
+
     def _member(self, i: int, x: Tensor) -> Tensor:
         if x is not self._seen:
             self._parts = torch.split(self._whole(x), list(self.sizes), dim=-1)
@@ -65,11 +71,7 @@ class Site:
         return part
 
     def _whole(self, x: Tensor) -> Tensor:
-        x_TI = x.reshape(-1, self.in_features)
-        y_TO = self._product(x_TI)
-        if self.add_updates is not None:
-            self.add_updates(x_TI, y_TO)
-        return y_TO.view(*x.shape[:-1], -1)
+        return self.compute(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
 
 
 def find_sites(model: nn.Module, probe: Callable[[], object], product: MakeProduct) -> list[Site]:

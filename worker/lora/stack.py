@@ -12,8 +12,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from worker.lora.product import MakeProduct, PlainProduct, Product
+
 MOST_ON_DIAGONAL: Final = 160
 """Columns of all members together up to which zeros beside the diagonal cost less than another product."""
+PACK_AFTER: Final = 8
+"""Steps without a new adapter after which products that keep their matrix as the processor likes it are made: that
+takes about as long as they save in so many."""
 
 
 @dataclass(frozen=True)
@@ -81,27 +86,27 @@ class Stack:
     """
 
     def __init__(self, members: Sequence[int], sizes: tuple[int, ...], *, num_layers: int, in_features: int,
-                 num_columns: int, dtype: torch.dtype, device: torch.device) -> None:  # fmt: skip
+                 num_columns: int, dtype: torch.dtype, device: torch.device, product: MakeProduct) -> None:  # fmt: skip
         """`sizes`: the out features of every member of the site, of which `members` have updates."""
         self.members = tuple(members)
         self._num_columns = num_columns
         self._on_gpu = device.type != "cpu"
+        self._make_product = product
         shape = (len(members), num_columns)
         self._a = torch.zeros(num_layers, *shape, in_features, dtype=dtype, device=device)
-        self._a_layers = [a.flatten(0, 1).t() for a in self._a]
         columns = {member: _columns(member, sizes) for member in members}
         self._is_joint = len(members) > 1 and len(members) * num_columns <= MOST_ON_DIAGONAL
         if self._is_joint:
             whole = torch.zeros(num_layers, *shape, sum(sizes), dtype=dtype, device=device)
             self._b = {member: whole[:, i, :, columns[member]] for i, member in enumerate(members)}
-            self._products = [[(slice(None), slice(None), b.flatten(0, 1))] for b in whole]
+            self._b_layers = [[(slice(None), slice(None), b.flatten(0, 1))] for b in whole]
             self.size_bytes = self._a.nbytes + whole.nbytes
         else:
             self._b = {
                 member: torch.zeros(num_layers, num_columns, sizes[member], dtype=dtype, device=device)
                 for member in members
             }
-            self._products = [
+            self._b_layers = [
                 [
                     (slice(i * num_columns, (i + 1) * num_columns), columns[member], self._b[member][layer])
                     for i, member in enumerate(members)
@@ -109,9 +114,13 @@ class Stack:
                 for layer in range(num_layers)
             ]
             self.size_bytes = self._a.nbytes + sum(b.nbytes for b in self._b.values())
+        self._plain = self._products_by(PlainProduct)
+        self._products = self._plain
+        self._num_steps = 0
 
     def put(self, columns: slice, part: Part | None) -> None:
         """Write an adapter into columns, as wide as its widest part; None if it does nothing here."""
+        self._products, self._num_steps = self._plain, 0
         self._a[:, :, columns].zero_()
         if part is None:
             return
@@ -126,20 +135,32 @@ class Stack:
 
         Zeroed, not multiplied by zero: an adapter whose x A^T overflows must not reach another row as NaN.
         """
-        low_BMR = torch.mm(x_BI, self._a_layers[layer])
+        if layer == 0:
+            self._num_steps += 1
+            if self._num_steps == PACK_AFTER and not self._on_gpu and self._make_product is not PlainProduct:
+                self._products = self._products_by(self._make_product)
+        low_product, high_products = self._products[layer]
+        low_BMR = low_product(x_BI)
         each_BMR = low_BMR.view(x_BI.shape[0], -1, self._num_columns)
         each_BMR.masked_fill_(hidden_B1R, 0)
         if weights_B1R is not None:
             each_BMR *= weights_B1R
         if self._on_gpu:  # where starting a kernel is what costs
-            for columns, out, b in self._products[layer]:
+            for columns, out, b in self._b_layers[layer]:
                 y_BO[:, out].addmm_(low_BMR[:, columns], b)
             return
         if self._is_joint:
-            y_BO.add_(torch.mm(low_BMR, self._products[layer][0][2]))
+            y_BO.add_(high_products[0](low_BMR))
             return
-        for columns, out, b in self._products[layer]:
-            y_BO[:, out].add_(torch.mm(low_BMR[:, columns], b))
+        for (columns, out, _), high_product in zip(self._b_layers[layer], high_products, strict=True):
+            y_BO[:, out].add_(high_product(low_BMR[:, columns]))
+
+    def _products_by(self, make: MakeProduct) -> list[tuple[Product, list[Product]]]:
+        """Of each layer: x -> x A^T, and low -> low (s B^T) for each place in y."""
+        return [
+            (make(a.flatten(0, 1), None), [make(b.t(), None) for _, _, b in b_layer])
+            for a, b_layer in zip(self._a, self._b_layers, strict=True)
+        ]
 
 
 @dataclass
