@@ -54,9 +54,10 @@ def loads_notes(result: Result, plan: Plan) -> list[str]:
         lines.append(
             f"- {plan.store_size} adapters in the store under Zipf's law (exponent {plan.zipf_exponent:g}), "
             f"{plan.num_prompts} callers at a time, {plan.zipf_requests} requests: "
-            f"**{spread([one['tokens_per_second'] for one in found]):.0f} tokens/s**, with one adapter "
-            f"{spread([one['one_tokens_per_second'] for one in found]):.0f}. {last['distinct']} adapters were asked "
-            f"for, {last['unseen']} of them for the first time."
+            f"**{spread([one['tokens_per_second'] for one in found]):.0f} tokens/s** once warm, with one adapter "
+            f"{spread([one['one_tokens_per_second'] for one in found]):.0f}. The same requests before, when most of "
+            f"their {last['distinct']} adapters were asked for for the first time: "
+            f"{spread([one['first_tokens_per_second'] for one in found]):.0f}."
         )
     return lines
 

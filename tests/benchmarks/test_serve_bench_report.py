@@ -27,7 +27,12 @@ def result_of(**answers: list[dict[str, Any]]) -> Result:
 def loads_of(cold: float, zipf: float) -> dict[str, Any]:
     return {
         "cold": {"warm_ms": [10.0, 20.0, 30.0], "cold_ms": [10.0 + cold, 20.0 + cold, 90.0]},
-        "zipf": {"tokens_per_second": zipf, "one_tokens_per_second": 100.0, "distinct": 40, "unseen": 9},
+        "zipf": {
+            "tokens_per_second": zipf,
+            "one_tokens_per_second": 100.0,
+            "first_tokens_per_second": 70.0,
+            "distinct": 40,
+        },
     }
 
 
