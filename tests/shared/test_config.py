@@ -96,6 +96,28 @@ def test_a_child_reads_the_same_settings(broker_url: str | None):
     assert (env["PATH"], env["LORAD_FAILPOINT"]) == ("/bin", "x")
 
 
+def test_only_what_downloads_gets_the_hub_s_token():
+    """A trainer needs none, and what it has not it cannot show; `lorad base add` has it, and other variables pass."""
+    settings, outside = Settings.from_env({}), {"HF_TOKEN": "t", "HUGGING_FACE_HUB_TOKEN": "t", "HF_HOME": "h"}
+
+    for program in ("server", "api", "trainer", "generator"):
+        assert {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HOME"} & set(
+            environment_for(settings, outside, program=program)
+        ) == {"HF_HOME"}
+    assert environment_for(settings, outside, program="importer")["HF_TOKEN"] == "t"
+
+
+def test_limits_by_the_minute_can_be_off():
+    """Zero is any number; guessing is limited unless somebody says otherwise, requests are not."""
+    off = Settings.from_env({"LORAD_FAILED_LOGINS_PER_MINUTE": "0", "LORAD_REQUESTS_PER_MINUTE": "600"})
+
+    assert (off.failed_logins_per_minute, off.requests_per_minute) == (0, 600)
+    default = Settings.from_env({})
+    assert (default.failed_logins_per_minute, default.requests_per_minute) == (10, 0)
+    with pytest.raises(SettingsError, match="LORAD_REQUESTS_PER_MINUTE"):
+        Settings.from_env({"LORAD_REQUESTS_PER_MINUTE": "-1"})
+
+
 def test_compute_threads_wait_as_is_best_unless_somebody_says_otherwise():
     """All wait passively, a generator after a short spin; what the environment says already is left alone."""
     settings = Settings.from_env({})
