@@ -1,6 +1,7 @@
 """The server commands: what they refuse before they start, and what they become."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -102,6 +103,17 @@ def test_gunicorn_accepts_the_command_line(settings: Settings, free_port: int):
 
     assert (done.returncode, done.stderr) == (0, "")
     assert command[command.index("--bind") + 1] == f"[::1]:{free_port}"
+
+
+@pytest.mark.parametrize(("options", "workers"), [([], "1"), (["--workers", "3"], "3")])
+def test_the_api_is_one_process_whatever_the_environment_wants(settings: Settings, options: list[str], workers: str):
+    """Rates and figures are counted in it, so gunicorn's own variable does not count; its last option would."""
+    command = [*api_command(settings)[:-1], *options, "--print-config", "wsgiref.simple_server:demo_app"]
+    env = dict(os.environ) | {"WEB_CONCURRENCY": "4"}
+
+    done = subprocess.run(command, cwd=CODE_DIR, env=env, capture_output=True, text=True, timeout=60)
+
+    assert re.search(r"^workers\s*= (\d+)$", done.stdout, re.MULTILINE)[1] == workers, done.stderr  # type: ignore[index]  # None fails as well
 
 
 @pytest.fixture
