@@ -6,7 +6,7 @@ Every write is one `BEGIN IMMEDIATE` on SQLite: a transaction that reads first a
 
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -44,6 +44,8 @@ AWAY: Final = (OperationalError, InterfaceError)
 
 Tx = Session
 """An open transaction. Functions that take one commit nothing."""
+
+Found = TypeVar("Found")
 
 
 def open_engine(url: str) -> Engine:
@@ -101,6 +103,19 @@ def read(engine: Engine) -> Iterator[Tx]:
     """One consistent view for reading; rows stay usable after the block."""
     with Session(engine, expire_on_commit=False, autoflush=False) as tx:
         yield tx
+
+
+def read_patiently(engine: Engine, look: Callable[[Tx], Found], *, at_most_s: float) -> Found:
+    """What `look` finds, once the database answers: one that is away is asked again each second, for so long."""
+    until_s = time.monotonic() + at_most_s
+    while True:
+        try:
+            with read(engine) as tx:
+                return look(tx)
+        except AWAY:
+            if time.monotonic() > until_s:
+                raise
+            time.sleep(1.0)
 
 
 def now_ms(tx: Tx) -> ColumnElement[int]:

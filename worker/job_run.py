@@ -26,7 +26,6 @@ from shared.specs import Order, StepReport
 from shared.store import adapters, base_models, checkpoints, files
 from shared.store.durable import staging, storage_failure
 from shared.store.layout import Layout
-from shared.tables import BaseModelRow
 from worker.lora.format import read_adapter
 from worker.training.engine import TrainingEngine
 from worker.training.job import TrainingJob, TrainingResult
@@ -97,26 +96,31 @@ class JobRun:
 
     def _train(self, engine_for: EngineFor) -> TrainingResult:
         claim = self._claim
-        with db.read(self._database) as tx:
-            train_path = self._file_path(tx, claim.training_file_id)
-            valid_path = self._file_path(tx, claim.validation_file_id) if claim.validation_file_id else None
+
+        def plan(tx: db.Tx) -> TrainingJob:
+            valid_id = claim.validation_file_id
             resume_from = checkpoints.intact(self._layout, jobs.newest_checkpoints(tx, claim.job_id))
             # A job that goes on from its own checkpoint needs its start no more.
             init_from = self._start_of(tx, claim.spec.init_from) if claim.spec.init_from and not resume_from else None
-        job = TrainingJob(
-            job_id=claim.job_id,
-            spec=claim.spec,
-            train_path=train_path,
-            valid_path=valid_path,
-            init_from=init_from,
-            resume_from=resume_from,
-            checkpoint_due=lambda: time.monotonic() - self._checkpointed_at >= self._settings.checkpoint_s,
-            save_checkpoint=self._save_checkpoint,
-            on_event=self._add_event,
-            on_step=self._on_step,
-            order=lambda: self._order,
-        )
+            return TrainingJob(
+                job_id=claim.job_id,
+                spec=claim.spec,
+                train_path=self._file_path(tx, claim.training_file_id),
+                valid_path=self._file_path(tx, valid_id) if valid_id else None,
+                init_from=init_from,
+                resume_from=resume_from,
+                checkpoint_due=lambda: time.monotonic() - self._checkpointed_at >= self._settings.checkpoint_s,
+                save_checkpoint=self._save_checkpoint,
+                on_event=self._add_event,
+                on_step=self._on_step,
+                order=lambda: self._order,
+            )
+
+        job = self._read(plan)
         return engine_for(claim.base_model_id).submit(job).result()
+
+    def _read(self, look: Callable[[db.Tx], db.Found]) -> db.Found:
+        return db.read_patiently(self._database, look, at_most_s=PUBLISH_RETRY_S)
 
     def _file_path(self, tx: db.Tx, file_id: str) -> Path:
         return self._layout.files(files.get(tx, self._claim.tenant, file_id).id)
@@ -252,9 +256,8 @@ class JobRun:
 
     def _prepare_version(self, result: TrainingResult) -> adapters.PreparedVersion:
         claim = self._claim
-        with db.read(self._database) as tx:
-            base: BaseModelRow = base_models.get(tx, claim.base_model_id)
-            training_sha256 = files.get(tx, claim.tenant, claim.training_file_id).sha256
+        base = self._read(lambda tx: base_models.get(tx, claim.base_model_id))
+        data = self._read(lambda tx: files.get(tx, claim.tenant, claim.training_file_id))
         with staging(self._layout) as staged:
             result.write_adapter(staged)
             return adapters.prepare(
@@ -266,7 +269,7 @@ class JobRun:
                 spec=claim.spec,
                 job_id=claim.job_id,
                 name=claim.adapter_name,
-                training_sha256=training_sha256,
+                training_sha256=data.sha256,
             )
 
     def _publish(self, prepared: adapters.PreparedVersion, result: TrainingResult) -> None:

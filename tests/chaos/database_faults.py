@@ -60,7 +60,7 @@ def _outage(lab: Lab, database_url: str, broken: Callable[[], AbstractContextMan
     for _ in range(2):
         lab.sweeper(database_url=database_url)
     during = lab.submit(2, seconds=6, name="ends-during")
-    after = lab.submit(2, seconds=16, name="ends-after")
+    after = lab.submit(2, seconds=24, name="ends-after")
     for job_id in [*during, *after]:
         lab.wait_for_step(job_id, 1)
     # A sweeper must have watched for a lease before the outage: only then would it dare to take jobs away.
