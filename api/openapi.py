@@ -12,6 +12,7 @@ from api.endpoint import Endpoint
 from api.idempotency import KEY_HEADERS, KEY_PATTERN
 from api.schemas.wire import ErrorBody
 
+_NOT_MODIFIED = 304
 _PATH_PARAMETER = re.compile(r"<(?:path:)?([a-z_]+)>")
 
 
@@ -91,9 +92,14 @@ def _request_body(one: Endpoint) -> dict[str, Any]:
 
 
 def _responses(one: Endpoint) -> dict[str, Any]:
-    content: dict[str, Any] = {kind: {"schema": {"type": "string"}} for kind in one.media}
+    content: dict[str, Any] = {
+        kind: {"schema": {"type": "object" if kind == "application/json" else "string"}} for kind in one.media
+    }
     if schemas := [PydanticSchema(schema_class=model) for model in one.answers]:
         content["application/json"] = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}
     error = {"application/json": {"schema": PydanticSchema(schema_class=ErrorBody)}}
-    good: dict[str, Any] = {str(status): {"description": "", "content": content} for status in one.statuses}
+    good: dict[str, Any] = {
+        str(status): {"description": ""} | ({} if status == _NOT_MODIFIED else {"content": content})
+        for status in one.statuses
+    }
     return good | {"default": {"description": "An error.", "content": error}}

@@ -35,7 +35,7 @@ def healthz(call: Call) -> Health:
     return Health()
 
 
-@endpoint("GET /readyz", scope="public", statuses=(200, 503))
+@endpoint("GET /readyz", scope="public")
 def readyz(call: Call) -> Readiness:
     """The database answers and has the schema that this code expects; 503 if not."""
     try:
