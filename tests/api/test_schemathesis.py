@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import schemathesis
@@ -15,10 +16,12 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
+    ensure_resource_availability,
     ignored_auth,
     negative_data_rejection,
     response_schema_conformance,
     status_code_conformance,
+    use_after_free,
 )
 
 from api import errors, openapi
@@ -85,6 +88,24 @@ def test_an_operation_keeps_its_contract(case: schemathesis.Case, service: Api, 
     answer = case.call_and_validate(base_url=service.url, checks=CHECKS, timeout=30)
 
     assert answer.status_code in STATUSES
+
+
+@pytest.mark.timeout(900 if IS_CAMPAIGN else 120)
+def test_operations_after_one_another_keep_the_contract(service: Api, known: dict[str, str]) -> None:
+    """What one operation answers is asked for by the next: what was made is there, what was deleted is not."""
+
+    class Sequences(schema.as_state_machine()):  # type: ignore[misc]  # made at run time
+        def before_call(self, case: schemathesis.Case) -> None:
+            aim(case, {name: value for name, value in known.items() if name not in case.path_parameters})
+
+        def get_call_kwargs(self, case: schemathesis.Case) -> dict[str, Any]:
+            return {"base_url": service.url, "timeout": 30}
+
+        def validate_response(self, response: Any, case: schemathesis.Case, **_: Any) -> None:
+            case.validate_response(response, checks=[*CHECKS, use_after_free, ensure_resource_availability])
+            assert response.status_code in STATUSES
+
+    Sequences.run(settings=settings(DRAWN, max_examples=100 if IS_CAMPAIGN else 10, stateful_step_count=8))
 
 
 @schema_with_keys.parametrize()
