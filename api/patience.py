@@ -4,11 +4,13 @@ import errno
 import math
 import socket
 import time
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shared.errors import LoradError
 
 if TYPE_CHECKING:
+    from socket import _SendableFile
+
     from _typeshed import ReadableBuffer
 
 BODY_S: Final = 15.0
@@ -77,7 +79,7 @@ class PatientSocket(socket.socket):
         except TimeoutError:
             raise _not_read() from None
 
-    def sendfile(self, file: BinaryIO, offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, file: "_SendableFile", offset: int = 0, count: int | None = None) -> int:
         """Part of a file; BrokenPipeError if nothing of it is read for ANSWER_S."""
         try:
             return super().sendfile(file, offset, count)

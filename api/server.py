@@ -63,7 +63,8 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
 
     def load_wsgi(self) -> None:
         super().load_wsgi()
-        self.wsgi = _adapted(self.wsgi)
+        application: WSGIApplication = self.wsgi
+        self.wsgi: WSGIApplication = _adapted(application)
 
     # -- the head of a request: main loop, then a thread
 
