@@ -14,7 +14,7 @@ from tests.worker.lora.test_bank import made
 from worker import attention
 from worker.base_model import BaseModel
 from worker.inference.forward import Piece, RowForward
-from worker.lora.bank import Shares
+from worker.lora.bank_route import Shares
 from worker.lora.spec import LoadedAdapter
 from worker.lora.targets import linear_modules
 from worker.lora.update import weight_OI

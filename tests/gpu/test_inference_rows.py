@@ -8,7 +8,7 @@ from tests.gpu.conftest import relative_error
 from tests.gpu.rows import Fleet, added, decoded, last_logits, shares
 from tests.worker.test_attention import VOCAB, WINDOW, every_architecture
 from worker.inference.forward import Piece, RowForward
-from worker.lora.bank import Shares
+from worker.lora.bank_route import Shares
 
 RANKS = {"a": 1, "b": 4, "c": 16}
 OWN: list[Shares] = [(), shares("a"), shares("b"), shares("c"), shares("b")]

@@ -14,7 +14,8 @@ import torch
 
 from shared.errors import IncompatibleAdapter
 from shared.specs import AdapterShare
-from worker.lora.bank import AdapterBank, PackedAdapter
+from worker.lora.bank import AdapterBank
+from worker.lora.bank_route import PackedAdapter
 from worker.lora.format import AdapterFiles, StoredAdapter
 
 READ_AHEAD: Final = 4

@@ -18,7 +18,8 @@ from worker.inference.cache import SlotCache
 from worker.kernels import varlen
 from worker.kernels.recording import GraphRoom
 from worker.kernels.row_attention import Chunk, SlotAttention
-from worker.lora.bank import AdapterBank, Route, Shares
+from worker.lora.bank import AdapterBank
+from worker.lora.bank_route import Route, Shares
 
 log = logging.getLogger("lorad.inference")
 

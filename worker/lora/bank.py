@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import IncompatibleAdapter, StateConflict
-from shared.specs import AdapterShare
+from worker.lora.bank_route import PackedAdapter, Route, Run, Shares, Span, key_of, span_places
 from worker.lora.fit import Places, check_fits
 from worker.lora.product import MakeProduct, PlainProduct
 from worker.lora.sites import Site, find_sites
@@ -29,25 +29,12 @@ SHORT: Final = 128
 """Tokens of a run that may share the joint products; longer ones have their own."""
 SHORT_COLUMNS: Final = 8192
 """Tokens of a run times columns of the stacks up to which joint products are faster than a pair of its own."""
+FEW_COLUMNS: Final = 64
+"""Columns of the stacks up to which they also beat the products of the one adapter that all rows have, once packed."""
 GPU_COLUMNS: Final = 2048
 GPU_SHORT: Final = 1024
 GPU_SHORT_COLUMNS: Final = 1 << 19
 """The same where starting a product takes longer than many zeros in it."""
-Shares = tuple[AdapterShare, ...]
-Run = tuple[int, Shares]
-"""Tokens that follow each other, and the adapters that they go through."""
-
-
-@dataclass(frozen=True)
-class PackedAdapter:
-    """An adapter in the layout of one bank: A and s B of all layers of a kind in one tensor each, by kind."""
-
-    parts: Mapping[int, Part]
-    rank: int
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(part.size_bytes for part in self.parts.values())
 
 
 @dataclass
@@ -60,25 +47,6 @@ class Kind:
     @property
     def member_sizes(self) -> tuple[int, ...]:
         return self.sites[0].sizes
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Tokens that go through the same adapters."""
-
-    places: slice | Tensor
-    adapters: tuple[tuple[PackedAdapter, float], ...]
-
-
-@dataclass(frozen=True)
-class Route:
-    """Who updates what in one step: the first `num_stacked` tokens by the stacks, `spans` one by one."""
-
-    num_tokens: int
-    num_stacked: int = 0
-    hidden_B1R: Tensor | None = None
-    weights_B1R: Tensor | None = None
-    spans: tuple[_Span, ...] = ()
 
 
 class AdapterBank:
@@ -198,7 +166,7 @@ class AdapterBank:
 
         `by_stacks`: a single adapter too takes columns of the stacks. A route is right until the next one is made.
         """
-        key = (by_stacks, *((num_tokens, _key(shares)) for num_tokens, shares in runs))
+        key = (by_stacks, *((num_tokens, key_of(shares)) for num_tokens, shares in runs))
         if self._last is None or self._last[0] != key:
             self._last = None  # stays so if this fails: its columns may have gone
             self._last = (key, self._made_route(runs, by_stacks))
@@ -206,11 +174,11 @@ class AdapterBank:
 
     def _made_route(self, runs: Sequence[Run], by_stacks: bool) -> Route | None:
         num_tokens = sum(length for length, _ in runs)
-        different = {_key(shares) for _, shares in runs}
+        different = {key_of(shares) for _, shares in runs}
         if different == {()}:
             return None
-        if len(different) == 1 and not by_stacks:
-            return Route(num_tokens, spans=(_Span(slice(0, num_tokens), self._packed(runs[0][1])),))
+        if len(different) == 1 and not by_stacks and not (num_tokens == len(runs) and self._is_in_few(runs[0][1])):
+            return Route(num_tokens, spans=(Span(slice(0, num_tokens), self._packed(runs[0][1])),))
         on_gpu = self._device.type != "cpu"
         short, short_columns = (GPU_SHORT, GPU_SHORT_COLUMNS) if on_gpu else (SHORT, SHORT_COLUMNS)
         stacked = list(takewhile(lambda run: run[0] <= short, runs))
@@ -228,15 +196,20 @@ class AdapterBank:
                     weights_SR[number, self._columns.of[share.version_id]] = share.weight
                     is_plain = is_plain and share.weight == 1.0
             elif shares:
-                alone.setdefault(_key(shares), []).append((start, start + length, shares))
+                alone.setdefault(key_of(shares), []).append((start, start + length, shares))
             start += length
-        spans = tuple(_Span(_span_places(own, self._device), self._packed(own[0][2])) for own in alone.values())
+        spans = tuple(Span(span_places(own, self._device), self._packed(own[0][2])) for own in alone.values())
         lengths_S = torch.tensor([length for length, _ in stacked], dtype=torch.long).to(self._device)
         weights_T1R = weights_SR.to(self._device).repeat_interleave(
             lengths_S, 0, output_size=sum(length for length, _ in stacked)
         )[:, None]
         weights = None if is_plain else weights_T1R.to(self._dtype)
         return Route(num_tokens, len(weights_T1R), weights_T1R == 0, weights, spans)
+
+    def _is_in_few(self, shares: Shares) -> bool:
+        """True if the stacks are small, and stay so with these adapters."""
+        rank = sum(self._attached[share.version_id].rank for share in shares)
+        return max(rank, self._columns.capacity) <= FEW_COLUMNS
 
     def _packed(self, shares: Shares) -> tuple[tuple[PackedAdapter, float], ...]:
         return tuple((self._attached[share.version_id], share.weight) for share in shares)
@@ -330,17 +303,6 @@ class AdapterBank:
                 part = packed.parts.get(number)
                 if part is not None:
                     part.add(layer, x_TI, y_TO, kind.member_sizes, places=span.places, weight=weight)
-
-
-def _key(shares: Shares) -> tuple[tuple[str, float], ...]:
-    return tuple((share.version_id, share.weight) for share in shares)
-
-
-def _span_places(own: Sequence[tuple[int, int, Shares]], device: torch.device) -> slice | Tensor:
-    """Where runs (start, stop) lie: a slice if they follow each other."""
-    if all(before[1] == after[0] for before, after in pairwise(own)):
-        return slice(own[0][0], own[-1][1])
-    return torch.cat([torch.arange(start, stop) for start, stop, _ in own]).to(device)
 
 
 def _leaf(path: str) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from shared.errors import IncompatibleAdapter, StateConflict
 from shared.specs import AdapterShare, LoraSpec
 from worker.lora import bank as bank_module
-from worker.lora.bank import AdapterBank, Shares
+from worker.lora.bank import AdapterBank
+from worker.lora.bank_route import Shares
 from worker.lora.manager import AdapterManager
 from worker.lora.spec import LoadedAdapter
 from worker.lora.stack import Stack
@@ -317,3 +318,20 @@ def test_a_layer_called_with_another_input_is_still_right(tiny_llama: Any) -> No
     k = attention.k_proj(other)
 
     torch.testing.assert_close(k, other @ attention.k_proj.weight.t(), **CLOSE)
+
+
+def test_one_adapter_that_decodes_has_the_same_answer_by_either_way(model: Any) -> None:
+    """Rows of one small adapter go through the stacks as long as these are small, rows of a large one, and prompts,
+    through its own products: all give what the formula says."""
+    bank = bank_on(model)
+    adapters = {"small": made(model, "small", r=4), "large": made(model, "large", r=bank_module.FEW_COLUMNS + 2)}
+    for name, adapter in adapters.items():
+        bank.attach(name, bank.pack(adapter, name=name))
+
+    for name, num_stacked in (("small", 3), ("large", 0)):
+        route = bank.route([(1, shares(name))] * 3)
+        assert route is not None
+        assert (route.num_stacked, len(route.spans)) == (num_stacked, 0 if num_stacked else 1)
+        check(model, bank, adapters, [shares(name)] * 3)
+        check(model, bank, adapters, [], [(5, shares(name))])
+    bank.close()
