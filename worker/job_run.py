@@ -9,9 +9,8 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,14 +43,6 @@ class TrainerStops(Exception):
     """The trainer is shutting down, and loads no base model for a job that it will not train."""
 
 
-@dataclass(frozen=True)
-class _Event:
-    level: Level
-    type: Literal["message", "metrics"]
-    message: str
-    data: dict[str, Any] | None
-
-
 class JobRun:
     """Runs one claim to one of its ends. Once ownership is lost it writes nothing more."""
 
@@ -63,7 +54,7 @@ class JobRun:
         self._order = Order.GO_ON
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
-        self._events: list[_Event] = []
+        self._events: list[jobs.NewEvent] = []
         self._report: StepReport | None = None
         self._checkpointed_at = time.monotonic()
 
@@ -141,7 +132,7 @@ class JobRun:
         self, level: Level, type: Literal["message", "metrics"], message: str, data: dict[str, Any] | None = None
     ) -> None:
         with self._lock:
-            self._events.append(_Event(level, type, message, data))
+            self._events.append(jobs.NewEvent(level, type, message, data))
 
     def _save_checkpoint(self, step: int, metrics: Mapping[str, Any], write: Callable[[Path], None]) -> None:
         claim = self._claim
@@ -236,17 +227,23 @@ class JobRun:
         """
         with self._lock:
             events = list(self._events)
-        for event in events:
-            try:
-                with tx.begin_nested():
-                    jobs.add_event(
-                        tx, self._claim, level=event.level, type=event.type, message=event.message, data=event.data
-                    )
-            except db.AWAY:
-                raise
-            except StatementError:
-                log.exception("%s: this event cannot be written: %s", self._claim.job_id, event)
+        if events and not self._write(tx, events):
+            for event in events:
+                if not self._write(tx, [event]):
+                    log.error("%s: this event cannot be written: %s", self._claim.job_id, event)
         return len(events)
+
+    def _write(self, tx: db.Tx, events: Sequence[jobs.NewEvent]) -> bool:
+        """False, and nothing written, if the database refuses them."""
+        try:
+            with tx.begin_nested():
+                jobs.add_events(tx, self._claim, events)
+        except db.AWAY:
+            raise
+        except StatementError as error:
+            log.warning("%s: events are refused: %s", self._claim.job_id, error)
+            return False
+        return True
 
     def _forget(self, written: int) -> None:
         with self._lock:

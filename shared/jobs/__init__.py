@@ -7,7 +7,9 @@ from shared.jobs.arcs import ARCS, Arc, diagram
 from shared.jobs.asked import request_cancel, request_pause, resume, submit
 from shared.jobs.claim import Claim, claim_next, take_back
 from shared.jobs.owner import (
+    NewEvent,
     add_event,
+    add_events,
     fail,
     give_back,
     give_back_for_storage,
@@ -36,9 +38,11 @@ __all__ = [
     "ARCS",
     "Arc",
     "Claim",
+    "NewEvent",
     "NewJob",
     "Swept",
     "add_event",
+    "add_events",
     "checkpoints_page",
     "claim_next",
     "diagram",

@@ -1,21 +1,33 @@
 """What a trainer does with a job that it owns. Every function is a compare-and-swap on the claim's fence."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, insert, select, update
+from sqlalchemy import ColumnElement, func, insert, select, update
 
+from shared import ids
 from shared.db import Tx, now_ms
 from shared.errors import CancelRequested, OwnershipLost
 from shared.jobs.arcs import EventType, Level, append_event, follow
 from shared.jobs.claim import Claim, backoff_s
 from shared.specs import Order, StepReport
 from shared.store.adapters import PreparedVersion, insert_version
-from shared.tables import AdapterVersion, Checkpoint, Job, JobState
+from shared.tables import AdapterVersion, Checkpoint, Job, JobEvent, JobState
 
 MAX_STORAGE_FAILURES: Final = 3
 STORAGE_WAIT_LEASES: Final = 10
 """Ten minutes at the default lease: somebody has to make room, or the disk to come back."""
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    """What is to be told of a job; `data` is JSON."""
+
+    level: Level
+    type: EventType
+    message: str
+    data: dict[str, Any] | None
 
 
 def heartbeat(
@@ -54,6 +66,19 @@ def add_event(
     """Append an event; raises OwnershipLost."""
     _lock(tx, claim)
     append_event(tx, claim.job_id, level=level, type=type, message=message, data=data)
+
+
+def add_events(tx: Tx, claim: Claim, events: Sequence[NewEvent]) -> None:
+    """Append events in their order, in a few round trips however many they are; raises OwnershipLost."""
+    _lock(tx, claim)
+    last = select(func.coalesce(func.max(JobEvent.seq), 0), now_ms(tx)).where(JobEvent.job_id == claim.job_id)
+    seq, now = tx.execute(last).one()
+    rows = [
+        {"id": ids.new_id(ids.EVENT), "job_id": claim.job_id, "seq": seq + number, "created_at": now, **vars(event)}
+        for number, event in enumerate(events, 1)
+    ]
+    if rows:
+        tx.execute(insert(JobEvent), rows)
 
 
 def record_checkpoint(

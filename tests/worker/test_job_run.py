@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +169,14 @@ def test_an_event_that_cannot_be_written_stops_nothing(
     world: World, base: BaseModel, engine: TrainingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lease is renewed on, the other events are written, and the job succeeds."""
-    add_event = jobs.add_event
+    add_events = jobs.add_events
 
-    def refuse(tx: Tx, claim: Claim, **event: Any) -> None:
-        if event["message"].startswith("Step 2/"):
+    def refuse(tx: Tx, claim: Claim, events: Sequence[jobs.NewEvent]) -> None:
+        if any(event.message.startswith("Step 2/") for event in events):
             raise DataError("INSERT", {}, ValueError("Token NaN is invalid"))
-        add_event(tx, claim, **event)
+        add_events(tx, claim, events)
 
-    monkeypatch.setattr(jobs, "add_event", refuse)
+    monkeypatch.setattr(jobs, "add_events", refuse)
     claim = world.running(spec=spec_of())
     beaten: list[int | None] = []
 
