@@ -35,7 +35,8 @@ CAMPAIGNS: Final = {
     "api-schema": "tests/api/test_schemathesis.py",
 }
 """Searches for faults that nobody has thought of, each a file of tests with a profile of its own for here."""
-CAMPAIGN_S: Final = 240
+CAMPAIGN_S: Final = 360
+_BRIEF: Final = ("--timeout=0", "--show-capture=no")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,7 +88,7 @@ def _search(name: str, until_s: float) -> Outcome:
     if not (REPOSITORY / path).exists() or limit_s < 10:
         outcome = Outcome(one, 0.0, f"{path} is not there, or no time is left", was_tried=(REPOSITORY / path).exists())
     else:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "--hypothesis-profile=campaign", "--timeout=0", path]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--hypothesis-profile=campaign", *_BRIEF, path]
         try:
             done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s, check=False)
         except subprocess.TimeoutExpired as late:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from shared import db
 from tests.chaos.lab import Lab
-from tests.chaos.programs import Nursery, wait_until
+from tests.chaos.programs import Nursery
 from tests.servers import Postgres, run_postgres
 
 Database = Literal["sqlite", "postgres"]
@@ -93,6 +93,3 @@ class Bench:
             lab.add_base(self._base, row["digest"], row["config"])
             yield lab
             lab.check(all_ended=all_ended)
-
-
-__all__ = ["Bench", "Database", "wait_until"]
