@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.worker.inference.test_forward import tiny
-from tests.worker.test_attention import VOCAB, WINDOW
+from tests.worker.test_attention import CONFIGS, VOCAB, WINDOW
 from worker import attention
 from worker.base_model import BaseModel
 from worker.inference.forward import Piece, RowForward
@@ -99,6 +100,36 @@ def test_what_differs_keeps_its_own_forward(model_type: str, changed: dict[str, 
     forward_of(model)
 
     assert not any(lean_layers(model))
+
+
+def test_what_differs_for_far_tokens_only_keeps_its_own_forward() -> None:
+    """Ministral 3 is a Llama up to the context that it was first trained with; beyond, its queries grow."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
+    config = AutoConfig.for_model(
+        "ministral3", **CONFIGS["llama"], head_dim=8, rope_parameters=rope | {"llama_4_scaling_beta": 0.5}
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME).eval()
+
+    forward_of(model)
+
+    assert not any(lean_layers(model))
+
+
+def test_a_layer_that_fails_on_the_trial_keeps_its_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it needs and is not given in a trial does not keep its model from being served."""
+    model = tiny("llama", attention.NAME)
+    forward = model.model.layers[0].self_attn.forward
+
+    def picky(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["position_embeddings"][0].shape[1] == 3:
+            raise ValueError("not with three tokens")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.layers[0].self_attn, "forward", picky)
+
+    forward_of(model)
+
+    assert lean_layers(model) == [False, True]
 
 
 def test_a_factor_of_one_is_no_difference() -> None:
