@@ -15,7 +15,7 @@ from shared.jobs import Claim
 from tests.shared.ledger_both import BothLedgers
 from tests.shared.ledger_calls import Ledger
 from tests.shared.ledger_facts import Facts, check_agreement
-from tests.shared.ledger_rows import ENDED, LEASE_MS, UNUSED_MS
+from tests.shared.ledger_rows import ENDED, LEASE_MS, MAX_QUEUED, MAX_STORAGE_FAILURES, UNUSED_MS
 from tests.shared.ledger_trainers import Hand, Trainer
 
 TENANTS: Final = ("acme", "rival", "modest")
@@ -28,7 +28,7 @@ STEPS: Final = (
     *("ring", "ring", "submit", "submit", "cancel", "pause", "resume", "interrupt", "interrupt", "delete"),
     *("beat", "beat", "report", "save", "obey", "obey", "prepare", "publish", "publish"),
     *("fail", "give_back", "fill_disk", "crash", "shut_down", "lose_answer", "stop_or_wake"),
-    *("zombie", "zombie", "zombie", "sweep", "expire", "expire", "poison", "jump"),
+    *("zombie", "zombie", "zombie", "sweep", "expire", "poison", "take_over", "take_over", "jump"),
 )
 """What can happen, by the names of the machine's methods."""
 
@@ -49,10 +49,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.claims: list[Claim] = []
         self.facts = Facts()
 
-    @initialize(number=st.integers(2, 4))
+    @initialize(number=st.integers(2, 6))
     def start(self, number: int) -> None:
         for place in range(number):
-            self.both.submit(TENANTS[place % 2], "math", self.ledger.bases[0], 0)
+            self.both.submit(_pick(TENANTS, place // 2), "math", self.ledger.bases[place == 2], 0)
         self.ring(len(self.trainers), False)
 
     @rule(what=st.sampled_from(STEPS), which=st.integers(0, 11), flag=st.booleans())
@@ -63,7 +63,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def submit(self, which: int, flag: bool) -> None:
         name, base = NAMES[which % 2], self.ledger.bases[flag]
-        self.both.submit(_pick(TENANTS, which), name, base, _pick(PRIORITIES, which))
+        for _ in range(MAX_QUEUED + 1 if which == 11 and flag else 1):
+            self.both.submit(_pick(TENANTS, which), name, base, _pick(PRIORITIES, which))
 
     def cancel(self, which: int, flag: bool) -> None:
         self._ask_of_job("cancel", which, flag)
@@ -77,14 +78,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def _ask_of_job(self, verb: str, which: int, flag: bool) -> None:
         """Of any job, mostly of one that runs or is paused; now and then as somebody whose job it is not."""
         likely = self.model.in_state("running", "paused")
-        job = _pick(likely if likely and which < 8 else list(self.model.jobs.values()), which)
+        job = _pick(likely if likely and which < 6 else list(self.model.jobs.values()), which)
         self.both.ask(verb, "stranger" if flag and which > 8 else job.tenant, job.id)
 
     def interrupt(self, which: int, flag: bool) -> None:
         """Ask the job of a trainer at work to stop; the trainer hears of it at its next beat, or when it publishes."""
         for _, hand in self._picked_hand(which):
-            verb = "pause" if flag else "cancel"
-            self.both.ask(verb, hand.claim.tenant, hand.claim.job_id)
+            for verb in ("pause", "cancel") if which > 8 else ("pause",) if flag else ("cancel",):
+                self.both.ask(verb, hand.claim.tenant, hand.claim.job_id)
             if which % 3 == 0:
                 self.publish(which, flag)
             elif which % 3 == 1:
@@ -128,7 +129,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def save(self, which: int, flag: bool) -> None:
         for _, hand in self._picked_hand(which):
-            hand.step += 1
+            hand.step += 1 + which  # so that a later claim's checkpoints may be of fewer steps
             self.both.ask("checkpoint", hand.claim, hand.step)
 
     def obey(self, which: int, flag: bool) -> None:
@@ -163,7 +164,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self._give_up(which, "give_back", True)
 
     def fill_disk(self, which: int, flag: bool) -> None:
+        """A full disk, or with `flag` one that stays full for whoever claims next."""
         self._give_up(which, "give_back_for_storage")
+        for _ in range(MAX_STORAGE_FAILURES * flag):
+            self.both.set_clock(max([self.model.now, *(job.not_before for job in self.model.in_state("queued"))]))
+            if self._claim(Trainer("victim", slots=1)):
+                self.both.ask("give_back_for_storage", self.claims[-1])
 
     def _give_up(self, which: int, verb: str, *arguments: object) -> None:
         for trainer, hand in self._picked_hand(which):
@@ -182,8 +188,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def lose_answer(self, which: int, flag: bool) -> None:
         """The answer to a claim never came; if the trainer knows that one is missing, it gives all such back."""
-        for trainer, hand in self._picked_hand(which):
-            trainer.hands.remove(hand)
+        if self._picked_hand(which):
+            trainer = max(self.trainers, key=lambda trainer: len(trainer.hands) * (not trainer.stopped))
+            trainer.hands.pop()
             if flag:
                 self.both.ask("take_back", trainer.name, [held.claim.job_id for held in trainer.hands])
 
@@ -192,11 +199,12 @@ class LedgerMachine(RuleBasedStateMachine):
         trainer.stopped = not trainer.stopped
 
     def zombie(self, which: int, flag: bool) -> None:
-        """Somebody acts on a claim that was lost or has ended; it is told so, and nothing is written."""
+        """Somebody acts on a claim that was lost, mostly to an heir at work, or has ended; nothing is written."""
         lost = [claim for claim in reversed(self.claims) if not self.model.owns(claim)]
         if not lost:
             return
-        claim, verb = lost[min(which // 4, len(lost) - 1)], OWNER_VERBS[which % 4 + 4 * flag]
+        robbed = [claim for claim in lost if self.model.jobs[claim.job_id].state == "running"]
+        claim, verb = _pick(robbed or lost, which // 4), OWNER_VERBS[which % 4 + 4 * flag]
         before = self.ledger.snapshot()
         if verb == "publish":
             answer = self.both.publish(claim, self.ledger.prepare(claim))
@@ -216,24 +224,38 @@ class LedgerMachine(RuleBasedStateMachine):
             self.both.ask("mark_rung")
 
     def expire(self, which: int, flag: bool) -> None:
-        """A lease runs out to the millisecond: until then no sweeper takes the job, after it one of two does."""
+        """A lease runs out to the millisecond: until then no sweeper takes the job, after it the first that may."""
         ends = [job.lease_expires_at for job in self.model.in_state("running") if job.lease_expires_at is not None]
         if not ends:
             return
         self.both.set_clock(max(self.model.now, _pick(ends, which)))
         self.both.ask("sweep", True)
         self.both.set_clock(self.model.now + 1)
-        for _ in range(1 + flag):
+        for may_expire in (False, True, *([True] * flag)):
+            self.both.ask("sweep", may_expire)
+
+    def take_over(self, which: int, flag: bool) -> None:
+        """A trainer stands still for longer than its lease, and another one gets the job."""
+        for _, hand in self._picked_hand(which):
+            job = self.model.jobs[hand.claim.job_id]
+            self.both.set_clock(max(self.model.now, (job.lease_expires_at or 0) + 1))
             self.both.ask("sweep", True)
+            self.both.set_clock(max(self.model.now, job.not_before))
+            heir = _pick(self.trainers, which + 1)
+            heir.restart()
+            self._claim(heir)
+            self.zombie(which, flag)
 
     def poison(self, which: int, flag: bool) -> None:
-        """A job that was lost before kills one trainer more, once its backoff is over."""
+        """A job that was lost before fails once more after its backoff, and takes the trainer with it or not."""
         back = [job.not_before for job in self.model.in_state("queued") if job.attempt]
         if not back:
             return
         self.both.set_clock(max(self.model.now, *back))
         victim = Trainer(f"victim-{self.model.now}", slots=1)
-        if self._claim(victim):
+        if self._claim(victim) and flag:
+            self.both.ask("give_back", self.claims[-1], True)
+        elif victim.hands:
             self.both.set_clock(self.model.now + LEASE_MS + 1)
             self.both.ask("sweep", True)
 
@@ -288,7 +310,11 @@ class LedgerMachine(RuleBasedStateMachine):
         return True
 
     def _picked_hand(self, which: int) -> list[tuple[Trainer, Hand]]:
-        """A trainer that is not stopped, and one job in its hands; empty if there is none."""
+        """A trainer that is not stopped, and one job in its hands; trainers without any look first."""
+        if not self._hands():
+            if not self.model.in_state("queued"):
+                self.submit(which, False)
+            self.ring(len(self.trainers), False)
         hands = self._hands()
         return [_pick(hands, which)] if hands else []
 

@@ -23,7 +23,7 @@ from tests.shared.ledger_machine import LedgerMachine
 
 IS_CAMPAIGN: Final = settings.get_current_profile_name() == "campaign"
 BOUNDS: Final = settings(
-    max_examples=settings.default.max_examples if IS_CAMPAIGN else 25,
+    max_examples=settings.default.max_examples if IS_CAMPAIGN else 32,
     derandomize=not IS_CAMPAIGN,
     phases=settings.default.phases if IS_CAMPAIGN else [Phase.generate],
     stateful_step_count=50,
