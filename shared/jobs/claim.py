@@ -19,6 +19,8 @@ WAITED_TOO_LONG_MS: Final = 60_000
 MAX_BACKOFF_S: Final = 600.0
 
 CLAIM_LOCK: Final = 0x636C61696D
+CLAIM_IDLE_S: Final = 20
+"""How long a program that has the lock may let the database wait for its next statement."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,14 @@ def take_back(tx: Tx, *, trainer: str, held: Collection[str]) -> int:
 
 
 def lock_claims(tx: Tx) -> None:
-    """Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway."""
+    """Claims look at what others run, so they go one at a time, as SQLite's write transactions do anyway.
+
+    A program that is stopped or cut off in between loses its connection, and with it the lock: else nobody could claim
+    until it is back.
+    """
     if tx.get_bind().dialect.name == "postgresql":
-        tx.execute(select(func.pg_advisory_xact_lock(CLAIM_LOCK)))
+        patience = func.set_config("idle_in_transaction_session_timeout", f"{CLAIM_IDLE_S}s", True)
+        tx.execute(select(patience, func.pg_advisory_xact_lock(CLAIM_LOCK)))
 
 
 def _next(tx: Tx, *, holds_base: str | None, is_busy: bool, max_running: int) -> Job | None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 from hypothesis import settings
 from sqlalchemy import Engine, event, text
+from sqlalchemy.exc import DBAPIError
 
 from shared import jobs
 from shared.db import Tx, write
@@ -247,3 +248,20 @@ def test_a_claim_waits_for_the_note_of_a_ring(ledger: Ledger) -> None:
 
     assert claims[0] is not None
     assert claims[0].job_id == scene.job_id
+
+
+def test_a_trainer_stopped_within_its_claim_keeps_nobody_from_claiming(
+    postgres_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loses its connection, and its claim with it: else all others and the sweeper would wait until it is back."""
+    monkeypatch.setattr("shared.jobs.claim.CLAIM_IDLE_S", 1)
+    scene, engine = make_scene(postgres_ledger, "queued"), postgres_ledger.world.engine
+    claims: list[Claim | None] = []
+    thread = threading.Thread(target=lambda: claims.append(postgres_ledger.claim("t1", None)), daemon=True)
+
+    with pytest.raises(DBAPIError, match="idle-in-transaction"), write(engine) as tx:
+        assert jobs.claim_next(tx, trainer="stopped", lease_s=60.0) is not None
+        thread.start()
+        thread.join(15)
+
+    assert [claim and (claim.job_id, claim.fence) for claim in claims] == [(scene.job_id, 1)]
