@@ -8,6 +8,7 @@ from typing import Any
 from openapi_pydantic import OpenAPI
 from openapi_pydantic.util import PydanticSchema, construct_open_api_with_schema_class
 
+from api import sse
 from api.endpoint import Endpoint
 from api.idempotency import KEY_HEADERS, KEY_PATTERN
 from api.schemas.wire import ErrorBody
@@ -92,9 +93,7 @@ def _request_body(one: Endpoint) -> dict[str, Any]:
 
 
 def _responses(one: Endpoint) -> dict[str, Any]:
-    content: dict[str, Any] = {
-        kind: {"schema": {"type": "object" if kind == "application/json" else "string"}} for kind in one.media
-    }
+    content: dict[str, Any] = {kind: _medium(kind) for kind in one.media}
     if schemas := [PydanticSchema(schema_class=model) for model in one.answers]:
         content["application/json"] = {"schema": schemas[0] if len(schemas) == 1 else {"anyOf": schemas}}
     error = {"application/json": {"schema": PydanticSchema(schema_class=ErrorBody)}}
@@ -103,3 +102,10 @@ def _responses(one: Endpoint) -> dict[str, Any]:
         for status in one.statuses
     }
     return good | {"default": {"description": "An error.", "content": error}}
+
+
+def _medium(kind: str) -> dict[str, Any]:
+    """A whole answer of this type is an object or text; OpenAPI 3.1 has no words for the events of a stream."""
+    if kind == sse.CONTENT_TYPE:
+        return {}
+    return {"schema": {"type": "object" if kind == "application/json" else "string"}}

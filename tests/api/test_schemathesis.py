@@ -33,7 +33,7 @@ from tests.servers import Broker
 
 IS_CAMPAIGN = settings.get_current_profile_name() == "campaign"
 DRAWN = settings(
-    max_examples=500 if IS_CAMPAIGN else 10,
+    max_examples=100 if IS_CAMPAIGN else 10,
     derandomize=not IS_CAMPAIGN,
     database=None,
     deadline=None,
@@ -105,7 +105,7 @@ def test_operations_after_one_another_keep_the_contract(service: Api, known: dic
             case.validate_response(response, checks=[*CHECKS, use_after_free, ensure_resource_availability])
             assert response.status_code in STATUSES
 
-    Sequences.run(settings=settings(DRAWN, max_examples=100 if IS_CAMPAIGN else 10, stateful_step_count=8))
+    Sequences.run(settings=settings(DRAWN, max_examples=30 if IS_CAMPAIGN else 10, stateful_step_count=8))
 
 
 @schema_with_keys.parametrize()
@@ -136,8 +136,9 @@ def guarded(
 
 def aim(case: schemathesis.Case, known: dict[str, str]) -> None:
     """Let valid data name what is there, and ask for nothing that a lonely API would wait for."""
-    for waits in ("wait", "stream", "model"):
-        case.query.pop(waits, None)
+    for name in list(case.query):  # in metadata[k]=0.7 nobody can tell a number from text
+        if name in ("wait", "stream", "model") or name.startswith("metadata"):
+            del case.query[name]
     if case.headers.get("Accept") == "text/event-stream":
         case.headers.pop("Accept")
     if case.meta is None or not case.meta.generation.mode.is_positive or case.method == "DELETE":
