@@ -40,9 +40,9 @@ class PatientSocket(socket.socket):
         super().__init__(connection.family, connection.type, connection.proto, fileno=connection.detach())
         self._patience_s = BODY_S
 
-    def be_patient(self) -> None:
-        """A new request begins: its client has all patience again."""
-        self._patience_s = BODY_S
+    def be_patient(self, seconds: float = BODY_S) -> None:
+        """From now on the client has so much patience; a new request begins with all of it."""
+        self._patience_s = seconds
 
     def setblocking(self, flag: bool, /) -> None:
         """True means to block for ANSWER_S at most."""

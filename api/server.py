@@ -27,6 +27,8 @@ HEAD_S: Final = 15.0
 HEAD_BYTES: Final = 64 << 10
 LINGER_S: Final = 2.0
 """How long the end of a connection may take: a client that still sends must hear the answer, not a reset."""
+UNWANTED_S: Final = 0.2
+"""How long a thread waits for the rest of a body that nobody wanted: to ask /healthz with one, nobody needs a key."""
 _HEAD_END: Final = b"\r\n\r\n"
 _PIECE_BYTES: Final = 64 << 10
 
@@ -110,6 +112,13 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
         conn.parser.unreader.unread(bytes(conn.head))
         conn.head = b""
         return super().handle(conn)
+
+    def _keepalive_after(self, conn: Any, keepalive: Any) -> bool:
+        """Read off a body that nobody wanted; True if it has ended, so that the connection may be used again."""
+        if not keepalive:
+            return False
+        conn.sock.be_patient(UNWANTED_S)  # in all: the deadline holds for each wait
+        return bool(conn.parser.finish_body(deadline=time.monotonic() + UNWANTED_S))
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: Exception) -> None:
         """Answer in the API's words what never became a request of the application."""

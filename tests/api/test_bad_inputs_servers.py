@@ -286,6 +286,29 @@ def test_row_56_clients_that_dawdle_are_cut_off_and_hold_up_nobody(server: Serve
     assert server.num_jobs() == jobs
 
 
+def test_a_body_that_nobody_wants_is_not_waited_for(server: Server) -> None:
+    """More such requests than there are threads, each answered: their bodies trickle, and the next client is
+    served at once. One whose body is there keeps its connection."""
+    line = "GET /healthz HTTP/1.1"
+    with ExitStack() as stack:
+        unwanted = [stack.enter_context(server.connect()) for _ in range(4 * THREADS)]
+        for connection in unwanted:
+            connection.sendall(head("Content-Length: 1000", line=line) + b"ab")
+        began = time.monotonic()
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        served = pool.submit(healthy, server)
+        while not served.done():
+            for connection in unwanted:
+                _try_to_send(connection, b"a")
+            time.sleep(0.1)
+        assert served.result()
+        assert time.monotonic() - began < SERVED_S / 2
+
+    whole = head("Content-Length: 1000", line=line) + b"a" * 1000
+    answer = server.send(2 * whole + head("Connection: close", line=line))
+    assert [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]] == [200, 200, 200]
+
+
 def _trickle(heads: list[socket.socket], bodies: list[socket.socket], over: threading.Event) -> None:
     """A byte a second to each, to those that are still open."""
     opening = head(end="")
