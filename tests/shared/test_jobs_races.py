@@ -259,9 +259,13 @@ def test_a_trainer_stopped_within_its_claim_keeps_nobody_from_claiming(
     claims: list[Claim | None] = []
     thread = threading.Thread(target=lambda: claims.append(postgres_ledger.claim("t1", None)), daemon=True)
 
-    with pytest.raises(DBAPIError, match="idle-in-transaction"), write(engine) as tx:
-        assert jobs.claim_next(tx, trainer="stopped", lease_s=60.0) is not None
-        thread.start()
-        thread.join(15)
+    def claim_and_stop() -> None:
+        with write(engine) as tx:
+            assert jobs.claim_next(tx, trainer="stopped", lease_s=60.0) is not None
+            thread.start()
+            thread.join(15)
+
+    with pytest.raises(DBAPIError, match="idle-in-transaction"):
+        claim_and_stop()
 
     assert [claim and (claim.job_id, claim.fence) for claim in claims] == [(scene.job_id, 1)]
