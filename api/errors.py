@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flask import Flask, Request, Response, g, request
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from api.hangup import ClientGone
@@ -108,6 +109,7 @@ def register(app: Flask) -> None:
     app.register_error_handler(HTTPException, _on_http_error)
     app.register_error_handler(OperationalError, _on_database_away)
     app.register_error_handler(InterfaceError, _on_database_away)
+    app.register_error_handler(NoConnection, _on_database_away)
     app.register_error_handler(OSError, _on_system_error)
     app.register_error_handler(Exception, _on_surprise)
 
@@ -142,8 +144,8 @@ def _on_http_error(error: HTTPException) -> Response:
     return _respond(status, body, kept)
 
 
-def _on_database_away(error: OperationalError | InterfaceError) -> Response:
-    log.error("%s %s %s: database: %s", g.request_id, request.method, request.path, error.orig)
+def _on_database_away(error: OperationalError | InterfaceError | NoConnection) -> Response:
+    log.error("%s %s %s: database: %s", g.request_id, request.method, request.path, getattr(error, "orig", error))
     return _on_domain_error(errors.Unavailable("The database cannot be reached right now; try again."))
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from flask import g, request
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from api.call import Caller, Intent
 from api.errors import answer_for
@@ -56,8 +57,8 @@ class Refusals:
         try:
             with db.write(self._engine) as tx:
                 audit.record(tx, deed)
-        except DBAPIError as failure:
-            log.warning("%s: a refusal was not written down: %s", g.request_id, failure.orig)
+        except (DBAPIError, NoConnection) as failure:
+            log.warning("%s: a refusal was not written down: %s", g.request_id, getattr(failure, "orig", failure))
 
     def _say_dropped(self) -> None:
         with self._lock:
