@@ -53,7 +53,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self, number: int) -> None:
         for place in range(number):
             self.both.submit(_pick(TENANTS, place // 2), "math", self.ledger.bases[place == 2], 0)
-        self.ring(len(self.trainers), False)
+        self.ring(9, False)
 
     @rule(what=st.sampled_from(STEPS), which=st.integers(0, 11), flag=st.booleans())
     def step(self, what: str, which: int, flag: bool) -> None:
@@ -110,12 +110,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def ring(self, which: int, flag: bool) -> None:
         """A doorbell, repeated or not: all trainers look once, or one looks until there is nothing more for it."""
-        if which >= len(self.trainers):
+        if which > 8:
             for trainer in self.trainers:
                 if trainer.has_room:
                     self._claim(trainer)
             return
-        while self.trainers[which].has_room and self._claim(self.trainers[which], max_running=int(flag)):
+        if flag:
+            self.both.set_clock(self.model.now + LEASE_MS + 1)  # some wait too long to be passed over any more
+        trainer = _pick(self.trainers, which)
+        while trainer.has_room and self._claim(trainer, max_running=which // 3):
             pass
 
     def beat(self, which: int, flag: bool) -> None:
@@ -129,8 +132,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def save(self, which: int, flag: bool) -> None:
         for _, hand in self._picked_hand(which):
-            hand.step += 1 + which  # so that a later claim's checkpoints may be of fewer steps
-            self.both.ask("checkpoint", hand.claim, hand.step)
+            for _ in range(1 + flag):
+                hand.step += 1 + which  # so that a later claim's checkpoints may be of fewer steps
+                self.both.ask("checkpoint", hand.claim, hand.step)
 
     def obey(self, which: int, flag: bool) -> None:
         """Stop as the last beat said, which may be long ago; if nobody was told to, whoever beats now and is told."""
@@ -190,6 +194,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """The answer to a claim never came; if the trainer knows that one is missing, it gives all such back."""
         if self._picked_hand(which):
             trainer = max(self.trainers, key=lambda trainer: len(trainer.hands) * (not trainer.stopped))
+            if trainer.has_room:
+                self._claim(trainer)
             trainer.hands.pop()
             if flag:
                 self.both.ask("take_back", trainer.name, [held.claim.job_id for held in trainer.hands])
@@ -222,6 +228,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.both.ask("sweep", which > 2, LEASE_MS * 2 if which > 8 else None)
         if flag:
             self.both.ask("mark_rung")
+            self.both.set_clock(self.model.now + 1)
+            self.both.ask("sweep", False)
 
     def expire(self, which: int, flag: bool) -> None:
         """A lease runs out to the millisecond: until then no sweeper takes the job, after it the first that may."""
@@ -314,7 +322,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not self._hands():
             if not self.model.in_state("queued"):
                 self.submit(which, False)
-            self.ring(len(self.trainers), False)
+            self.ring(9, False)
         hands = self._hands()
         return [_pick(hands, which)] if hands else []
 
