@@ -13,7 +13,7 @@ from shared.tables import Table
 from tests.servers import Broker, Postgres, run_broker, run_postgres
 
 # `--hypothesis-profile=campaign`: as `make chaos` runs what `make test` runs a short part of.
-settings.register_profile("campaign", max_examples=300, deadline=None, print_blob=True)
+settings.register_profile("campaign", max_examples=100, deadline=None, print_blob=True)
 
 
 @pytest.fixture(scope="session")
