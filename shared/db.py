@@ -118,6 +118,13 @@ def read_patiently(engine: Engine, look: Callable[[Tx], Found], *, at_most_s: fl
             time.sleep(1.0)
 
 
+def bound_waiting(tx: Tx) -> None:
+    """From now on this transaction waits for a row that another has locked as long as SQLite's would, then raises
+    OperationalError: a trainer that is stopped while it has its job's row must not hold the API's connections too."""
+    if tx.get_bind().dialect.name == "postgresql":
+        tx.execute(select(func.set_config("lock_timeout", f"{SQLITE_WAIT_S}s", True)))
+
+
 def now_ms(tx: Tx) -> ColumnElement[int]:
     """The database's clock as an SQL expression, in milliseconds since 1970."""
     if tx.get_bind().dialect.name == "sqlite":

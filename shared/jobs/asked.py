@@ -3,7 +3,7 @@
 from sqlalchemy import func, select, update
 
 from shared import ids, limits
-from shared.db import Tx, now_ms
+from shared.db import Tx, bound_waiting, now_ms
 from shared.errors import QueueFull, StateConflict
 from shared.jobs.arcs import ARCS, append_event, follow
 from shared.jobs.queries import NewJob, get
@@ -77,6 +77,7 @@ def _lock(tx: Tx, tenant: str, job_id: str) -> Job:
     Several arcs are tried in turn, and a trainer must not move the job from one that was tried to one that is to come.
     """
     get(tx, tenant, job_id)
+    bound_waiting(tx)
     query = select(Job).where(Job.id == job_id).with_for_update()
     return tx.scalars(query, execution_options={"populate_existing": True}).one()
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 from hypothesis import settings
 from sqlalchemy import Engine, event, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from shared import jobs
 from shared.db import Tx, write
@@ -269,3 +269,25 @@ def test_a_trainer_stopped_within_its_claim_keeps_nobody_from_claiming(
         claim_and_stop()
 
     assert [claim and (claim.job_id, claim.fence) for claim in claims] == [(scene.job_id, 1)]
+
+
+def test_a_cancel_does_not_wait_for_ever_for_a_stopped_trainer(
+    postgres_ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped while it has its job's row holds no connection of the API for longer than SQLite would."""
+    monkeypatch.setattr("shared.db.SQLITE_WAIT_S", 1)
+    scene, engine = make_scene(postgres_ledger, "queued"), postgres_ledger.world.engine
+    claim = postgres_ledger.claim("stopped", None)
+    assert claim is not None
+
+    def cancel() -> None:
+        with write(engine) as tx:
+            jobs.request_cancel(tx, TENANT, scene.job_id)
+
+    with ThreadPoolExecutor(1) as pool, write(engine) as tx:
+        jobs.add_event(tx, claim, message="it has the row")
+        with pytest.raises(OperationalError, match="lock timeout"):
+            pool.submit(cancel).result(15)
+    cancel()
+
+    assert postgres_ledger.snapshot().jobs[scene.job_id]["cancel_requested_at"] is not None
