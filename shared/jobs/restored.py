@@ -4,12 +4,9 @@ from typing import Final
 
 from sqlalchemy import select, update
 
-from shared.db import Tx
+from shared.db import Tx, now_ms
 from shared.jobs.arcs import follow
 from shared.tables import Job, JobState
-
-FENCE_JUMP: Final = 1_000_000
-"""More than the claims that a job can have had between its backup and its restoration."""
 
 _MESSAGE: Final = "The service was restored from a backup; the job was put back in the queue."
 
@@ -19,13 +16,14 @@ def put_back_restored(tx: Tx) -> int:
     fence of every unfinished job beyond any that a program of before may hold. Returns how many ran.
 
     Fences given out after the backup were lost with it: without the jump one of them would be given out twice, and a
-    trainer left over from before would own the job as well. An attempt ended with its last heartbeat: the time that the
-    backup lay somewhere is not time that the job ran.
+    trainer left over from before would own the job as well. The jump is the time, in ms: more than a job can have had
+    claims, and never the same when one backup is restored twice. An attempt ended with its last heartbeat: the time
+    that the backup lay somewhere is not time that the job ran.
     """
     running = tx.execute(select(Job.id, Job.heartbeat_at).where(Job.state == JobState.RUNNING)).all()
     for job_id, heartbeat_at in running:
         values = {"attempt": Job.attempt - 1}
         follow(tx, "give_back", job_id, values=values, message=_MESSAGE, ended_at=heartbeat_at)
     unfinished = update(Job).where(Job.finished_at.is_(None))
-    tx.execute(unfinished.values(fence=Job.fence + FENCE_JUMP), execution_options={"synchronize_session": False})
+    tx.execute(unfinished.values(fence=Job.fence + now_ms(tx)), execution_options={"synchronize_session": False})
     return len(running)

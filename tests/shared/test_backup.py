@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import Engine, select, text, update
+from sqlalchemy.orm import Session
 
 from shared import jobs
 from shared.cli import dumps
@@ -294,6 +296,18 @@ def test_a_trainer_from_before_owns_nothing_after_it(world: World, here: Place, 
         with pytest.raises(OwnershipLost), write(restored.engine) as tx:
             jobs.succeed(tx, old, prepared)
     restored.engine.dispose()
+
+
+def test_a_backup_restored_twice_gives_no_fence_twice(world: World) -> None:
+    """A trainer left over from the first time owns nothing after the second, which begins with the same rows."""
+    job, fences = world.submit(), list[int]()
+    for _ in range(2):
+        time.sleep(0.005)  # nobody restores twice within a millisecond
+        with Session(world.engine) as tx:  # and is rolled back
+            jobs.put_back_restored(tx)
+            fences.append(tx.scalars(select(Job.fence).where(Job.id == job.id)).one())
+
+    assert 1_000_000 < fences[0] < fences[1]
 
 
 def test_the_age_of_a_backup_is_not_time_that_a_job_ran(
