@@ -29,7 +29,7 @@ from sqlalchemy import (
     select,
     tuple_,
 )
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from shared.errors import InvalidRequest, SchemaTooNew, StartupError
@@ -39,8 +39,16 @@ MIGRATION_LOCK: Final = 0x6C6F7261  # any number that nobody else locks
 SQLITE_WAIT_S: Final = 10
 """How long a transaction waits for another program's."""
 
-AWAY: Final = (OperationalError, InterfaceError)
-"""What a database raises that does not answer, or that could not serialise this transaction with others: try again."""
+IDLE_S: Final = 300
+"""How long a transaction on Postgres may wait for its program's next statement. A program that is stopped or cut off
+then loses its connection, and the rows that it has locked are free."""
+
+CUT_OFF: Final = {"keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3, "tcp_user_timeout": 60_000}
+"""How libpq notices that the way to the server is cut: after a minute at most."""
+
+AWAY: Final = (OperationalError, InterfaceError, InternalError)
+"""What a database raises that does not answer, has given this transaction up, or could not serialise it with others:
+try again."""
 
 Tx = Session
 """An open transaction. Functions that take one commit nothing."""
@@ -57,12 +65,21 @@ def open_engine(url: str) -> Engine:
         if url.startswith(prefix):
             url = "postgresql+psycopg://" + url.removeprefix(prefix)
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, connect_args={"connect_timeout": 5}, hide_parameters=True)
+        reach = {"connect_timeout": 5, **CUT_OFF}
+        engine = create_engine(url, pool_pre_ping=True, connect_args=reach, hide_parameters=True)
+        event.listen(engine, "connect", _bound_idling)
+        return engine
     options = {"timeout": float(SQLITE_WAIT_S), "check_same_thread": False}
     engine = create_engine(url, connect_args=options, hide_parameters=True)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _bound_idling(connection: Any, _record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_S}s'")
+    connection.commit()
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: Any) -> None:

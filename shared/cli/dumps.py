@@ -82,7 +82,9 @@ def _copy_sqlite(source: Path, target: Path) -> list[Stored]:
 
 def _dump_postgres(engine: Engine, target: Path) -> list[Stored]:
     with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
-        snapshot = connection.scalar(select(func.pg_export_snapshot()))  # pg_dump and we see the same moment
+        # Idle for as long as pg_dump takes, which sees the same moment.
+        connection.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
+        snapshot = connection.scalar(select(func.pg_export_snapshot()))
         _run("pg_dump", engine, "--format=custom", f"--snapshot={snapshot}", f"--file={target}")
         with Session(connection) as tx:
             return named(tx)

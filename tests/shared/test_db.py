@@ -12,6 +12,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
+from shared import db
 from shared.db import alembic_config, check_schema, migrate, now_ms, open_engine, read, write
 from shared.errors import SchemaTooNew, StartupError
 from shared.tables import Table
@@ -162,3 +163,32 @@ def test_the_clock_is_the_hosts_within_a_minute(engine: Engine) -> None:
     """Milliseconds since 1970, not since another day."""
     with read(engine) as tx:
         assert abs(tx.execute(select(now_ms(tx))).scalar_one() - time.time() * 1000) < 60_000
+
+
+def test_a_program_that_stops_in_a_transaction_does_not_keep_its_rows(
+    fresh_postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Postgres ends a transaction whose program says nothing for too long: another gets the row, and the first is told
+    that the database gave it up, which it may try again."""
+    monkeypatch.setattr(db, "IDLE_S", 1)
+    stopped, other = open_engine(fresh_postgres_url), open_engine(fresh_postgres_url)
+    insert = "INSERT INTO idempotency_keys (tenant, key, request_sha256, created_at) VALUES ('a', 'b', 'c', 1)"
+    lock = "SELECT * FROM idempotency_keys FOR UPDATE"
+    with write(other) as tx:
+        tx.execute(text(insert))
+
+    def say_nothing() -> None:
+        with write(stopped) as tx:
+            tx.execute(text(lock))
+            with write(other) as second:
+                second.execute(text("SET LOCAL lock_timeout = '30s'"))
+                assert len(second.execute(text(lock)).all()) == 1
+            tx.execute(text(lock))
+
+    with pytest.raises(db.AWAY):
+        say_nothing()
+
+    with write(stopped) as tx:
+        assert len(tx.execute(text(lock)).all()) == 1
+    stopped.dispose()
+    other.dispose()
