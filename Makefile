@@ -53,11 +53,11 @@ demo: setup
 up: setup
 	$(BIN)/lorad up
 
-# Unit tests by two processes with one torch thread each; system tests and the fast faults one after another, since they
-# start whole services.
+# Two processes, with one torch thread each in the unit tests. System tests and the fast faults start whole services, which
+# mostly wait for each other: a file of them at a time in each process.
 test: setup
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --session-timeout=600 --ignore=tests/system --ignore=tests/chaos tests
-	$(PYTEST) --session-timeout=1000 tests/system tests/chaos
+	$(PYTEST) -n 2 --dist loadfile --session-timeout=800 tests/system tests/chaos
 
 # Every fault we know of, each against a service of its own; FAULTS=name,name picks some.
 chaos: setup
