@@ -7,14 +7,14 @@ import time
 from dataclasses import dataclass
 
 from flask import Flask, Request, Response, g, request
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 
 from api.hangup import ClientGone
 from api.patience import ClientTooSlow, is_patient
 from api.schemas.wire import ErrorBody, ErrorDetail
-from shared import errors
+from shared import db, errors
 from shared.store.durable import storage_failure
 
 log = logging.getLogger("lorad.api")
@@ -107,9 +107,8 @@ _REQUEST_CODES = frozenset({"context_length_exceeded"})
 def register(app: Flask) -> None:
     app.register_error_handler(errors.LoradError, _on_domain_error)
     app.register_error_handler(HTTPException, _on_http_error)
-    app.register_error_handler(OperationalError, _on_database_away)
-    app.register_error_handler(InterfaceError, _on_database_away)
-    app.register_error_handler(NoConnection, _on_database_away)
+    for kind in (*db.AWAY, NoConnection):
+        app.register_error_handler(kind, _on_database_away)
     app.register_error_handler(OSError, _on_system_error)
     app.register_error_handler(Exception, _on_surprise)
 
@@ -144,7 +143,7 @@ def _on_http_error(error: HTTPException) -> Response:
     return _respond(status, body, kept)
 
 
-def _on_database_away(error: OperationalError | InterfaceError | NoConnection) -> Response:
+def _on_database_away(error: DBAPIError | NoConnection) -> Response:
     log.error("%s %s %s: database: %s", g.request_id, request.method, request.path, getattr(error, "orig", error))
     return _on_domain_error(errors.Unavailable("The database cannot be reached right now; try again."))
 
@@ -179,8 +178,8 @@ _DRAIN_S = 2.0
 
 
 def drain(request: Request) -> None:
-    """Read and forget some of an unread body: a connection closed over unread bytes is reset before the client
-    has read our answer (RFC 9112, section 9.6)."""
+    """Read and forget some of an unread body, under a server that does not do it as ours does: a connection closed
+    over unread bytes is reset before the client has read our answer (RFC 9112, section 9.6)."""
     left, source = _DRAIN_BYTES, request.environ["wsgi.input"]
     if not request.environ.get("wsgi.input_terminated"):
         if "stream" in request.__dict__:  # werkzeug's cached property: reading has begun, and it knows the end

@@ -90,6 +90,7 @@ def _stop_overdue(tx: Tx, max_job_s: float) -> int:
     )
     ran_ms = select(func.sum(until - JobAttempt.started_at)).where(JobAttempt.job_id == Job.id).scalar_subquery()
     over = select(Job.id, ran_ms).where(*unasked, Job.fence > 0, ran_ms > int(max_job_s * 1000)).order_by(Job.id)
+    over = over.with_for_update(of=Job, skip_locked=True)  # whoever holds a row must not hold up the sweep
     stopped = 0
     for job_id, ms in tx.execute(over).all():
         text = f"the job has run for {int(ms) // 1000} s in all its attempts, and {max_job_s:g} s are allowed here"

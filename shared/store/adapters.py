@@ -7,7 +7,7 @@ from sqlalchemy import delete as delete_rows
 from sqlalchemy.dialects import postgresql, sqlite
 
 from shared import ids, limits
-from shared.db import Tx, now_ms
+from shared.db import Tx, bound_waiting, now_ms
 from shared.errors import AdapterCorrupt, InvalidRequest, NotFound
 from shared.store.adapter_files import PreparedVersion, prepare, verified_file, verify
 from shared.tables import Adapter, AdapterAlias, AdapterVersion
@@ -199,6 +199,7 @@ def _lock(tx: Tx, tenant: str, name: str) -> Adapter:
     A publication locks it too: it is either seen by what follows, or comes after it. Whoever changes versions or
     aliases locks the adapter first, so that no two wait for each other.
     """
+    bound_waiting(tx)
     query = select(Adapter).where(Adapter.id == get(tx, tenant, name).id, Adapter.deleted_at.is_(None))
     adapter = tx.scalars(query.with_for_update(), execution_options=_UNSYNCHRONISED).one_or_none()
     if adapter is None:

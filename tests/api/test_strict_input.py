@@ -2,7 +2,6 @@
 
 import json
 import socket
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -378,27 +377,3 @@ def test_an_upload_that_announces_too_much_is_413_unread(api: Api) -> None:
 
     assert answer.startswith(b"HTTP/1.1 413")
     assert json.loads(answer.rpartition(b"\r\n\r\n")[2])["error"]["code"] == "payload_too_large"
-
-
-def test_a_database_whose_connections_all_hang_is_503(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is one that does not answer the requests before, until none of the pool's connections is left."""
-    monkeypatch.setattr(api.services.engine.pool, "_timeout", 0.2)
-    with ExitStack() as hanging:
-        for _ in range(15):
-            hanging.enter_context(api.services.engine.connect())
-        answer = api.http.get("/v1/files")
-
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert api.http.get("/v1/files").status_code == 200
-
-
-def test_an_unreachable_database_is_503(api: Api) -> None:
-    """A database that is away is said to be away, and is to be tried again."""
-    api.engine.dispose()
-    with read(api.engine) as tx:
-        tx.connection().exec_driver_sql("ALTER TABLE files RENAME TO files_away")
-        tx.commit()
-    answer = api.http.get("/v1/files")
-
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-    assert "files" not in answer.json()["error"]["message"]

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
+from shared import db
 from shared.db import read, write
 from shared.errors import (
     AdapterCorrupt,
@@ -16,9 +19,10 @@ from shared.errors import (
     NotFound,
 )
 from shared.store import adapters
+from shared.store.layout import Layout
 from shared.store.models import resolve_model
 from shared.tables import Adapter
-from tests.shared.conftest import World, flip, published, tree
+from tests.shared.conftest import World, flip, make_world, published, tree
 
 
 def test_manifest_names_origin_and_every_file(world: World) -> None:
@@ -204,3 +208,24 @@ def test_model_names_resolve(world: World) -> None:
         for model in ("none", "math@9", "small@1"):
             with pytest.raises(ModelNotFound):
                 resolve_model(tx, "acme", model)
+
+
+def test_who_holds_an_adapter_does_not_hold_up_its_deletion_for_ever(
+    fresh_postgres_url: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Postgres a trainer that was stopped while it publishes has the adapter locked: who deletes it hears soon that
+    it is to be tried again, and can once it is free."""
+    monkeypatch.setattr(db, "SQLITE_WAIT_S", 1)
+    engine = db.open_engine(fresh_postgres_url)
+    published(make_world(engine, layout))
+
+    def hold_and_delete() -> None:
+        with write(engine) as holding, write(engine) as tx:
+            holding.execute(text("SELECT id FROM adapters FOR UPDATE"))
+            adapters.delete(tx, "acme", "math")
+
+    with pytest.raises(OperationalError):
+        hold_and_delete()
+    with write(engine) as tx:
+        adapters.delete(tx, "acme", "math")
+    engine.dispose()
