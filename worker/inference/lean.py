@@ -2,6 +2,7 @@
 
 # Shapes: T tokens of a step, I hidden features, H query heads, G key-value heads, D head width, F the MLP's width.
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -13,6 +14,8 @@ from torch.nn import functional
 from worker.attention import cached_rows, current_rows
 from worker.kernels import norms, swiglu
 from worker.lora.sites import Site
+
+log = logging.getLogger("lorad.inference")
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -130,8 +133,10 @@ def _heads_of(layer: nn.Module, sites: Mapping[nn.Module, Site]) -> _Heads | Non
     try:
         own.run(layer)
         lean.run(LeanLayer(layer, sites, own.heads, RotarySigns()))
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
-        return None  # it wants something else than layers of this kind are given
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # It wants something else than layers of this kind are given.
+        log.info("%s keeps its own forward: %s", type(layer).__name__, error)
+        return None
     return own.heads if own.agrees_with(lean) else None
 
 
