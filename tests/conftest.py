@@ -1,13 +1,14 @@
 """Fixtures for every test: real databases and a real broker, started when a test first asks for them."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from sqlalchemy import Engine
 
+from shared import failpoints
 from shared.db import migrate, open_engine
 from shared.tables import Table
 from tests.servers import Broker, Postgres, run_broker, run_postgres
@@ -85,3 +86,10 @@ def engine(database_url: str) -> Iterator[Engine]:
     engine = open_engine(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def failpoint() -> Iterator[Callable[[str], None]]:
+    """Arm failpoints for one test."""
+    yield failpoints.arm
+    failpoints.arm("")

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, text
 
-from shared import failpoints, jobs
+from shared import jobs
 from shared.db import read, write
 from shared.jobs import Claim
 from shared.specs import TrainSpec
@@ -133,13 +133,6 @@ def make_world(engine: Engine, layout: Layout) -> World:
                 (staged / "model.safetensors").write_bytes(name.encode())
                 bases.append(base_models.register(tx, layout, staged, name=name, digest=name * 8, config={}))
     return World(engine, layout, file.id, *bases)
-
-
-@pytest.fixture
-def failpoint() -> Iterator[Callable[[str], None]]:
-    """Arm failpoints for one test."""
-    yield failpoints.arm
-    failpoints.arm("")
 
 
 def tree(root: Path) -> dict[str, bytes]:

@@ -1,6 +1,7 @@
 """Tiny real models: random weights from a fixed seed, 2 layers, 32 wide, float32, in eval mode and not frozen."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.shared.conftest import World
+from tests.worker.job_runs import world_on
+from tests.worker.training.conftest import base_around
 from worker import attention
 from worker.base_model import BaseModel, digest_directory, load_base_model
+from worker.training.engine import TrainingEngine
 
 BOS, START, END = "<s>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (BOS, START, END)
@@ -147,3 +152,25 @@ def data_dir(tmp_path: Path) -> Path:
 def source(tiny_base_directory: Path, tmp_path: Path) -> Path:
     """A model directory to import, or to damage first."""
     return Path(shutil.copytree(tiny_base_directory, tmp_path / "source"))
+
+
+@pytest.fixture
+def base(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> BaseModel:
+    """The tiny Llama as a base model."""
+    return base_around(tiny_llama, tiny_tokenizer)
+
+
+@pytest.fixture
+def learner(base: BaseModel) -> Iterator[TrainingEngine]:
+    """A training engine over it."""
+    learner = TrainingEngine(base, max_tokens=4096)
+    yield learner
+    learner.close()
+
+
+@pytest.fixture
+def world(fresh_sqlite_url: str, data_dir: Path) -> Iterator[World]:
+    """A ledger and store with data to train on, on SQLite."""
+    world = world_on(fresh_sqlite_url, data_dir)
+    yield world
+    world.engine.dispose()

@@ -1,27 +1,21 @@
 """One claim from its files to its end, with a real ledger, store and engine around a tiny model."""
 
 import csv
-import dataclasses
-import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import DataError, OperationalError
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shared import jobs
-from shared.config import Settings
-from shared.db import Tx, open_engine, read, write
+from shared.db import Tx, read, write
 from shared.jobs import Claim
-from shared.specs import LoraSpec, TrainSpec
-from shared.store import adapters, files
-from shared.store.layout import Layout
+from shared.store import adapters
 from shared.tables import JobState
-from tests.shared.conftest import World, make_world
-from tests.worker.training.conftest import PAIRS, base_around
+from tests.shared.conftest import World
+from tests.worker.job_runs import at_step, run, settings_of, spec_of, world_on
 from tests.worker.training.test_failures import spoil_forwards
 from worker.base_model import BaseModel
 from worker.job_run import JobRun, TrainerStops
@@ -31,62 +25,8 @@ TIMEOUT_S = 60
 
 
 @pytest.fixture
-def base(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> BaseModel:
-    return base_around(tiny_llama, tiny_tokenizer)
-
-
-@pytest.fixture
-def engine(base: BaseModel) -> Iterator[TrainingEngine]:
-    engine = TrainingEngine(base, max_tokens=4096)
-    yield engine
-    engine.close()
-
-
-def world_on(database_url: str, data_dir: Path) -> World:
-    """A ledger with the eight lines as training file."""
-    database, layout = open_engine(database_url), Layout(data_dir)
-    layout.prepare()
-    world = make_world(database, layout)
-    lines = "".join(json.dumps(pair) + "\n" for pair in PAIRS).encode()
-    with write(database) as tx:
-        file = files.add_bytes(tx, layout, lines, tenant="acme", purpose="fine-tune", filename="train.jsonl")
-    return dataclasses.replace(world, file_id=file.id)
-
-
-@pytest.fixture
-def world(fresh_sqlite_url: str, data_dir: Path) -> Iterator[World]:
-    """On SQLite."""
-    world = world_on(fresh_sqlite_url, data_dir)
-    yield world
-    world.engine.dispose()
-
-
-def settings_of(world: World) -> Settings:
-    return Settings.from_env({"LORAD_DATA_DIR": str(world.layout.root)})
-
-
-def spec_of(**changes: Any) -> TrainSpec:
-    return TrainSpec(**{"max_steps": 4, "batch_size": 8, "lora": LoraSpec(r=4), **changes})
-
-
-def run(world: World, engine: TrainingEngine, claim: Claim | None, **settings: Any) -> None:
-    """Run the claim to its end."""
-    assert claim is not None
-    chosen = dataclasses.replace(settings_of(world), **{"heartbeat_s": 0.05, "checkpoint_s": 1000.0, **settings})
-    JobRun(claim, settings=chosen, database=world.engine, layout=world.layout).run(lambda _: engine)
-
-
-def at_step(world: World, base: BaseModel, forward: int, act: Callable[[], object]) -> None:
-    """Do something before forward number `forward` (from 1), on the engine's thread."""
-    count = 0
-
-    def hook(_: object, arguments: object) -> None:
-        nonlocal count
-        count += 1
-        if count == forward:
-            act()
-
-    base.model.get_input_embeddings().register_forward_pre_hook(hook)  # type: ignore[operator]  # a module's own
+def engine(learner: TrainingEngine) -> TrainingEngine:
+    return learner
 
 
 def test_a_claim_is_trained_and_published(world: World, engine: TrainingEngine) -> None:

@@ -8,7 +8,6 @@ from typing import Literal
 import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shared.db import open_engine, read
 from shared.store import adapters
@@ -16,8 +15,7 @@ from shared.tables import AdapterVersion, JobAttempt, JobState
 from tests.chaos.proxy import Proxy
 from tests.servers import Postgres
 from tests.shared.conftest import World
-from tests.worker.test_job_run import run, settings_of, spec_of, world_on
-from tests.worker.training.conftest import base_around
+from tests.worker.job_runs import run, settings_of, spec_of, world_on
 from worker import trainer as trainer_module
 from worker.trainer import Trainer
 from worker.training.engine import TrainingEngine
@@ -25,14 +23,6 @@ from worker.training.engine import TrainingEngine
 Lost = Literal["answer", "request"]
 PUBLISHING = b"INSERT INTO adapter_versions"
 CLAIMING = b"INSERT INTO job_attempts"
-
-
-@pytest.fixture
-def learner(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Iterator[TrainingEngine]:
-    """A training engine over the tiny Llama."""
-    learner = TrainingEngine(base_around(tiny_llama, tiny_tokenizer), max_tokens=4096)
-    yield learner
-    learner.close()
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery.contrib.testing.worker import start_worker
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shared import jobs
 from shared.db import Tx, open_engine
@@ -19,33 +17,13 @@ from shared.store.layout import Layout
 from shared.tables import JobState
 from tests.servers import Broker
 from tests.shared.conftest import World, make_world
-from tests.worker.test_job_run import run, settings_of, spec_of, world_on
-from tests.worker.training.conftest import base_around
+from tests.worker.job_runs import run, settings_of, spec_of
 from worker import trainer as trainer_module
 from worker.base_model import BaseModel
 from worker.trainer import Trainer
 from worker.training.engine import TrainingEngine
 
 TIMEOUT_S = 30
-
-
-@pytest.fixture
-def base(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> BaseModel:
-    return base_around(tiny_llama, tiny_tokenizer)
-
-
-@pytest.fixture
-def learner(base: BaseModel) -> Iterator[TrainingEngine]:
-    learner = TrainingEngine(base, max_tokens=4096)
-    yield learner
-    learner.close()
-
-
-@pytest.fixture
-def world(fresh_sqlite_url: str, data_dir: Path) -> Iterator[World]:
-    world = world_on(fresh_sqlite_url, data_dir)
-    yield world
-    world.engine.dispose()
 
 
 def test_memory_that_runs_out_in_training_fails_that_job_only(

@@ -2,16 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shared.config import Settings
-from shared.db import open_engine
-from shared.store.layout import Layout
-from tests.shared.conftest import World, make_world
+from tests.shared.conftest import World
 from worker.room import TELL_EVERY_S, Room
 from worker.trainer import Trainer
 
@@ -61,14 +58,6 @@ def test_the_log_hears_once_and_again_after_minutes(tmp_path: Path, caplog: pyte
 
     assert (first, second, len(lines(caplog))) == (1, 2, 3)
     assert "LORAD_MIN_FREE_BYTES" in lines(caplog)[0]
-
-
-@pytest.fixture
-def world(fresh_sqlite_url: str, tmp_path: Path) -> Iterator[World]:
-    database, layout = open_engine(fresh_sqlite_url), Layout(tmp_path / "data")
-    layout.prepare()
-    yield make_world(database, layout)
-    database.dispose()
 
 
 def trainer_in(world: World, **changes: Any) -> Trainer:

@@ -1,19 +1,16 @@
 """A disk that is full or fails, at every point of a checkpoint and of a publication, under a real engine and store."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 from sqlalchemy import select
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shared import failpoints
 from shared.db import read
 from shared.store import adapters, checkpoints
 from shared.tables import AdapterVersion, Checkpoint, JobState
 from tests.shared.conftest import World
-from tests.worker.test_job_run import at_step, run, spec_of, world_on
-from tests.worker.training.conftest import base_around
+from tests.worker.job_runs import at_step, run, spec_of
 from worker.base_model import BaseModel
 from worker.training.engine import TrainingEngine
 
@@ -42,32 +39,6 @@ CHECKPOINT = [
 ]
 
 
-@pytest.fixture
-def base(tiny_llama: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> BaseModel:
-    return base_around(tiny_llama, tiny_tokenizer)
-
-
-@pytest.fixture
-def learner(base: BaseModel) -> Iterator[TrainingEngine]:
-    learner = TrainingEngine(base, max_tokens=4096)
-    yield learner
-    learner.close()
-
-
-@pytest.fixture
-def world(fresh_sqlite_url: str, data_dir: Path) -> Iterator[World]:
-    world = world_on(fresh_sqlite_url, data_dir)
-    yield world
-    world.engine.dispose()
-
-
-@pytest.fixture
-def arm() -> Iterator[Callable[[str], None]]:
-    """Arm failpoints; whatever is left of them goes with the test."""
-    yield failpoints.arm
-    failpoints.arm("")
-
-
 def versions(world: World) -> list[AdapterVersion]:
     with read(world.engine) as tx:
         return list(tx.scalars(select(AdapterVersion)))
@@ -85,11 +56,11 @@ def is_armed() -> bool:
 
 @pytest.mark.parametrize("failure", PUBLICATION)
 def test_a_publication_that_the_disk_ends_is_made_anew(
-    world: World, learner: TrainingEngine, arm: Callable[[str], None], failure: str
+    world: World, learner: TrainingEngine, failpoint: Callable[[str], None], failure: str
 ) -> None:
     """No row, nothing half written, no attempt charged; the next attempt publishes one version of whole files."""
     claim = world.running(spec=spec_of(max_steps=2))
-    arm(failure)
+    failpoint(failure)
     run(world, learner, claim)
     after = world.job(claim.job_id)
     left = [*world.layout.tmp.iterdir(), *world.layout.root.joinpath("adapters").iterdir()]
@@ -109,14 +80,14 @@ def test_a_publication_that_the_disk_ends_is_made_anew(
 
 
 def test_a_disk_that_stays_full_fails_the_job(
-    world: World, learner: TrainingEngine, arm: Callable[[str], None]
+    world: World, learner: TrainingEngine, failpoint: Callable[[str], None]
 ) -> None:
     """Four attempts, none of which leaves a byte behind; the error says what was wrong."""
     job = world.submit(spec=spec_of(max_steps=1))
     attempts = 0
     while world.state(job.id) == JobState.QUEUED:
         world.edit(job.id, "not_before = 0")
-        arm("publish.before_rename:enospc")
+        failpoint("publish.before_rename:enospc")
         run(world, learner, world.claim())
         attempts += 1
     error = world.job(job.id).error
@@ -143,11 +114,11 @@ def test_another_error_is_charged(world: World, learner: TrainingEngine, monkeyp
 
 @pytest.mark.parametrize("failure", CHECKPOINT)
 def test_training_outlives_a_checkpoint_that_the_disk_refuses(
-    world: World, base: BaseModel, learner: TrainingEngine, arm: Callable[[str], None], failure: str
+    world: World, base: BaseModel, learner: TrainingEngine, failpoint: Callable[[str], None], failure: str
 ) -> None:
     """The second checkpoint fails: the first and the third are whole, nothing is left of it, and the user is told."""
     claim = world.running(spec=spec_of(checkpoint_every=1))
-    at_step(world, base, 2, lambda: arm(failure))
+    at_step(world, base, 2, lambda: failpoint(failure))
     run(world, learner, claim)
     kept = live_checkpoints(world, claim.job_id)
     directories = {path.name for path in world.layout.checkpoint(claim.job_id, 1, claim.fence).parent.iterdir()}
@@ -165,17 +136,17 @@ def test_training_outlives_a_checkpoint_that_the_disk_refuses(
 
 
 def test_a_lost_job_goes_on_from_the_last_good_checkpoint(
-    world: World, base: BaseModel, learner: TrainingEngine, arm: Callable[[str], None]
+    world: World, base: BaseModel, learner: TrainingEngine, failpoint: Callable[[str], None]
 ) -> None:
     """Both checkpoints after the first were refused when the trainer stops: the next attempt goes on from step 1."""
     claim = world.running(spec=spec_of(checkpoint_every=1))
     stopping = TrainingEngine(base, max_tokens=4096)
 
     def stop_on_a_full_disk() -> None:
-        arm("publish.before_fsync_dir:enospc")
+        failpoint("publish.before_fsync_dir:enospc")
         stopping.stop_all()
 
-    at_step(world, base, 2, lambda: arm("publish.before_rename:enospc"))
+    at_step(world, base, 2, lambda: failpoint("publish.before_rename:enospc"))
     at_step(world, base, 3, stop_on_a_full_disk)
     run(world, stopping, claim)
     stopping.close()

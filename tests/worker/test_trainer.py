@@ -2,30 +2,19 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from shared.config import Settings
-from shared.db import open_engine
 from shared.jobs import Claim
-from shared.store.layout import Layout
-from tests.shared.conftest import World, make_world
+from tests.shared.conftest import World
 from tests.worker.training.conftest import base_around
 from worker import trainer as trainer_module
 from worker.job_run import TrainerStops
 from worker.trainer import Trainer, _Bench
 from worker.training.engine import TrainingEngine
-
-
-@pytest.fixture
-def world(fresh_sqlite_url: str, tmp_path: Path) -> Iterator[World]:
-    database, layout = open_engine(fresh_sqlite_url), Layout(tmp_path / "data")
-    layout.prepare()
-    yield make_world(database, layout)
-    database.dispose()
 
 
 def settings_of(world: World, **changes: Any) -> Settings:
