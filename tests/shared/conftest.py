@@ -1,8 +1,10 @@
 """What the tests of the ledger and the store start from: a tenant, a file, a base model, and jobs made in one call."""
 
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from shared import jobs
+from shared.cli.servers import CODE_DIR
 from shared.db import read, write
 from shared.jobs import Claim
 from shared.specs import TrainSpec
@@ -18,6 +21,8 @@ from shared.store import adapters, base_models, durable, files
 from shared.store.adapters import PreparedVersion
 from shared.store.layout import Layout
 from shared.tables import AdapterVersion, BaseModelRow, Job, JobEvent
+from tests.servers import Postgres, postgres_binaries
+from tests.shared.backups import Place
 
 LEASE_S = 60.0
 
@@ -133,6 +138,50 @@ def make_world(engine: Engine, layout: Layout) -> World:
                 (staged / "model.safetensors").write_bytes(name.encode())
                 bases.append(base_models.register(tx, layout, staged, name=name, digest=name * 8, config={}))
     return World(engine, layout, file.id, *bases)
+
+
+Lorad = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def lorad(tmp_path: Path) -> Lorad:
+    """Runs `lorad ARGUMENTS` to its end, from a directory that is not ours, on a data directory of its own."""
+
+    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("LORAD_")}
+        env |= {"LORAD_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": str(CODE_DIR)} | settings
+        command = [sys.executable, "-m", "shared.cli", *arguments]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+
+    return run
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No settings but those of a test, and Postgres' own programs on PATH."""
+    for name in [name for name in os.environ if name.startswith("LORAD_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", f"{postgres_binaries()}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture
+def here(world: World) -> Place:
+    """The world's own data directory and database."""
+    return Place(world.layout.root, world.engine.url.render_as_string(hide_password=False))
+
+
+@pytest.fixture
+def there(world: World, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """An empty data directory and database of the same kind."""
+    data_dir = tmp_path / "there"
+    if world.engine.dialect.name == "sqlite":
+        data_dir.mkdir()
+        yield Place(data_dir, f"sqlite:///{data_dir / 'lorad.db'}")
+        return
+    server: Postgres = request.getfixturevalue("postgres_server")
+    server.execute("CREATE DATABASE restored")
+    yield Place(data_dir, server.url("restored"))
+    server.execute("DROP DATABASE restored WITH (FORCE)")
 
 
 def tree(root: Path) -> dict[str, bytes]:

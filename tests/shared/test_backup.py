@@ -1,74 +1,22 @@
-"""`lorad backup` and `lorad restore`, on both databases: nothing that a row names is missing, whatever went on."""
+"""`lorad backup`, on both databases: nothing that a row names is missing from it, whatever went on."""
 
-import os
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from sqlalchemy import Engine, select, text, update
-from sqlalchemy.orm import Session
+from sqlalchemy import Engine, select
 
-from shared import jobs
 from shared.cli import dumps
-from shared.cli import lorad as lorad_command
 from shared.db import open_engine, read, write
-from shared.errors import AdapterCorrupt, LoradError, OwnershipLost
-from shared.store import adapters, backup, checkpoints, durable, files, garbage
-from shared.store.layout import Layout
-from shared.tables import AdapterVersion, Job, JobAttempt, Table
-from tests.servers import Postgres, postgres_binaries
+from shared.errors import LoradError
+from shared.store import adapters, backup, durable, files, garbage
+from shared.tables import AdapterVersion, Table
+from tests.shared.backups import Place, opened, save_checkpoint
 from tests.shared.conftest import World, flip, published, tree
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a service keeps its data, as its settings say it."""
-
-    data_dir: Path
-    database_url: str
-
-    def lorad(self, *arguments: object) -> Result:
-        """Run `lorad ARGUMENTS` with these settings."""
-        env = {"LORAD_DATA_DIR": str(self.data_dir), "LORAD_DATABASE_URL": self.database_url}
-        return CliRunner(env=env).invoke(lorad_command, [str(a) for a in arguments], prog_name="lorad")
-
-
-@pytest.fixture(autouse=True)
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No settings but those of a test, and Postgres' own programs on PATH."""
-    for name in [name for name in os.environ if name.startswith("LORAD_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("PATH", f"{postgres_binaries()}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.fixture
-def here(world: World) -> Place:
-    """The world's own data directory and database."""
-    return Place(world.layout.root, world.engine.url.render_as_string(hide_password=False))
-
-
-@pytest.fixture
-def there(world: World, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """An empty data directory and database of the same kind."""
-    data_dir = tmp_path / "there"
-    if world.engine.dialect.name == "sqlite":
-        data_dir.mkdir()
-        yield Place(data_dir, f"sqlite:///{data_dir / 'lorad.db'}")
-        return
-    server: Postgres = request.getfixturevalue("postgres_server")
-    server.execute("CREATE DATABASE restored")
-    yield Place(data_dir, server.url("restored"))
-    server.execute("DROP DATABASE restored WITH (FORCE)")
-
-
-def opened(place: Place, world: World) -> World:
-    """The same world as it is at another place; its engine is the caller's to dispose of."""
-    return replace(world, engine=open_engine(place.database_url), layout=Layout(place.data_dir))
+pytestmark = pytest.mark.usefixtures("clean_environment")
 
 
 def not_there(world: World, scratch: Path) -> set[str]:
@@ -85,23 +33,6 @@ def rows_of(engine: Engine) -> dict[str, list[tuple[object, ...]]]:
             table.name: sorted((tuple(row) for row in connection.execute(select(table))), key=repr)
             for table in Table.metadata.sorted_tables
         }
-
-
-def save_checkpoint(world: World, claim: jobs.Claim, step: int) -> None:
-    """A new checkpoint; all but the newest two are forgotten and removed, as a trainer does it."""
-    prepared = checkpoints.prepare(
-        world.layout, lambda staged: _fill(staged, step), job_id=claim.job_id, step=step, fence=claim.fence
-    )
-    with write(world.engine) as tx:
-        jobs.record_checkpoint(
-            tx, claim, checkpoint_id=prepared.checkpoint_id, step=step, manifest=prepared.manifest
-        )  # fmt: skip
-        forgotten = checkpoints.forget_old(tx, claim.job_id)
-    checkpoints.remove(world.layout, forgotten)
-
-
-def _fill(staged: Path, step: int) -> None:
-    (staged / "state.json").write_text(f"{step}")
 
 
 def after_each_copy(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
@@ -252,116 +183,6 @@ def test_damage_is_told_and_left_out(world: World, here: Place, there: Place, tm
     assert (there.data_dir / "adapters" / sound.id).is_dir()
 
 
-def test_a_job_that_ran_runs_on_after_the_restoration(world: World, here: Place, there: Place, tmp_path: Path) -> None:
-    """Its attempt, even the last one, is not charged; a trainer claims it, finds its checkpoint, and publishes it."""
-    world.submit()
-    claim = world.claim()
-    assert claim is not None
-    world.edit(claim.job_id, "attempt = max_attempts")
-    save_checkpoint(world, claim, 5)
-    assert here.lorad("backup", tmp_path / "kept").exit_code == 0
-    assert there.lorad("restore", tmp_path / "kept").exit_code == 0
-    restored = opened(there, world)
-
-    again = restored.claim("t2")
-    assert again is not None
-    with read(restored.engine) as tx:
-        found = checkpoints.intact(restored.layout, jobs.newest_checkpoints(tx, again.job_id))
-    restored.publish(again)
-
-    assert (again.job_id, again.attempt, len(found)) == (claim.job_id, 3, 1)
-    assert restored.state(claim.job_id) == "succeeded"
-    restored.engine.dispose()
-
-
-def test_a_trainer_from_before_owns_nothing_after_it(world: World, here: Place, there: Place, tmp_path: Path) -> None:
-    """Fences that were given out after the backup are not given out again: whoever holds one publishes nothing."""
-    world.submit()
-    claim = world.claim()
-    assert claim is not None
-    assert here.lorad("backup", tmp_path / "kept").exit_code == 0
-    world.lose(claim)
-    world.sweep()
-    world.edit(claim.job_id, "not_before = 0")
-    later = world.claim("t2")
-    assert later is not None
-    assert there.lorad("restore", tmp_path / "kept").exit_code == 0
-    restored = opened(there, world)
-    current = restored.claim("t3")
-
-    assert current is not None
-    assert current.fence > later.fence > claim.fence
-    prepared = restored.prepare(name="math", job_id=claim.job_id)
-    for old in (claim, later):
-        with pytest.raises(OwnershipLost), write(restored.engine) as tx:
-            jobs.succeed(tx, old, prepared)
-    restored.engine.dispose()
-
-
-def test_a_backup_restored_twice_gives_no_fence_twice(world: World) -> None:
-    """A trainer left over from the first time owns nothing after the second, which begins with the same rows."""
-    job, fences = world.submit(), list[int]()
-    for _ in range(2):
-        time.sleep(0.005)  # nobody restores twice within a millisecond
-        with Session(world.engine) as tx:  # and is rolled back
-            jobs.put_back_restored(tx)
-            fences.append(tx.scalars(select(Job.fence).where(Job.id == job.id)).one())
-
-    assert 1_000_000 < fences[0] < fences[1]
-
-
-def test_the_age_of_a_backup_is_not_time_that_a_job_ran(
-    world: World, here: Place, there: Place, tmp_path: Path
-) -> None:
-    """The attempt that the backup caught ended with its last heartbeat, so no limit on a job's time is used up."""
-    claim = world.running()
-    with write(world.engine) as tx:
-        hour_ms = 3_600_000
-        tx.execute(update(Job).values(heartbeat_at=Job.heartbeat_at - hour_ms, started_at=Job.started_at - hour_ms))
-        tx.execute(update(JobAttempt).values(started_at=JobAttempt.started_at - hour_ms))
-    here.lorad("backup", tmp_path / "kept")
-    there.lorad("restore", tmp_path / "kept")
-
-    restored = opened(there, world)
-    with write(restored.engine) as tx:
-        attempt = tx.scalars(select(JobAttempt)).one()
-        overdue = jobs.sweep(tx, may_expire=True, max_job_s=60.0).overdue
-    restored.engine.dispose()
-    assert (attempt.fence, attempt.outcome, overdue) == (claim.fence, "given back", 0)
-    assert attempt.ended_at is not None
-    assert abs(attempt.ended_at - attempt.started_at) < 60_000
-
-
-def test_a_queued_job_stays_queued(world: World, here: Place, there: Place, tmp_path: Path) -> None:
-    """It keeps its place and its attempts, and only its fence moves on."""
-    job = world.submit()
-    here.lorad("backup", tmp_path / "kept")
-    there.lorad("restore", tmp_path / "kept")
-
-    restored = opened(there, world)
-    after = restored.job(job.id)
-    restored.engine.dispose()
-    names = [column.name for column in Job.__table__.columns]
-    moved = {name for name in names if getattr(job, name) != getattr(after, name)}
-    assert moved == {"fence"}
-
-
-def test_a_damaged_backup_restores_nothing(world: World, here: Place, there: Place, tmp_path: Path) -> None:
-    """One changed byte in one file, and there is neither a database nor a file afterwards; the file is named."""
-    version = published(world)
-    here.lorad("backup", tmp_path / "kept")
-    flip(tmp_path / "kept" / "adapters" / version.id / "adapter_model.safetensors")
-
-    result = there.lorad("restore", tmp_path / "kept")
-
-    assert isinstance(result.exception, LoradError)
-    assert version.id in result.exception.message
-    assert [path for path in there.data_dir.rglob("*") if path.is_file()] == []
-    engine = open_engine(there.database_url)
-    assert dumps.sqlite_path(engine) is not None or not dumps.has_tables(engine)
-    engine.dispose()
-
-
 def test_an_interrupted_backup_is_none(world: World, here: Place, there: Place, tmp_path: Path) -> None:
     """Without the record that is written last nothing is restored from it."""
     here.lorad("backup", tmp_path / "kept")
@@ -398,25 +219,6 @@ def test_a_backup_is_as_private_as_its_data(here: Place, tmp_path: Path) -> None
     here.lorad("backup", tmp_path / "kept")
 
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
-
-
-def test_a_corrupt_adapter_is_healed_from_a_backup(world: World, here: Place, tmp_path: Path) -> None:
-    """Its directory from the backup, its state set back by hand: then it is served, and not with damaged bytes."""
-    version = published(world)
-    here.lorad("backup", tmp_path / "kept")
-    directory = world.layout.adapter(version.id)
-    flip(directory / "adapter_model.safetensors")
-    set_ready = text("UPDATE adapter_versions SET state = 'ready' WHERE id = :id")
-    with write(world.engine) as tx:
-        adapters.mark_corrupt(tx, version.id)
-        tx.execute(set_ready, {"id": version.id})
-    with pytest.raises(AdapterCorrupt), read(world.engine) as tx:
-        adapters.verify(world.layout, adapters.get_version(tx, version.id))
-
-    shutil.copytree(tmp_path / "kept" / "adapters" / version.id, directory, dirs_exist_ok=True)
-
-    with read(world.engine) as tx:
-        assert adapters.verify(world.layout, adapters.get_version(tx, version.id)) == directory
 
 
 def test_models_may_be_left_out(world: World, here: Place, there: Place, tmp_path: Path) -> None:

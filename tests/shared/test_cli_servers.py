@@ -4,8 +4,7 @@ import os
 import re
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +15,7 @@ from shared.cli.servers import CODE_DIR, api_command
 from shared.cli.startup import is_loopback, refuse_open_door
 from shared.config import Settings
 from shared.errors import StartupError
-
-Lorad = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def lorad(tmp_path: Path) -> Lorad:
-    """Runs `lorad ARGUMENTS` to its end from a directory that is not ours."""
-
-    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LORAD_")}
-        env |= {"LORAD_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": str(CODE_DIR)} | settings
-        command = [sys.executable, "-m", "shared.cli", *arguments]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    return run
+from tests.shared.conftest import Lorad
 
 
 @pytest.fixture

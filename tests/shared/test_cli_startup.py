@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -27,21 +27,7 @@ from shared.cli.startup import (
 from shared.config import Settings
 from shared.errors import SettingsError, StartupError
 from shared.store.layout import Layout
-
-Lorad = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture
-def lorad(tmp_path: Path) -> Lorad:
-    """Runs `lorad ARGUMENTS` to its end on a data directory of its own."""
-
-    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("LORAD_")}
-        env |= {"LORAD_DATA_DIR": str(tmp_path / "data"), "PYTHONPATH": str(CODE_DIR)} | settings
-        command = [sys.executable, "-m", "shared.cli", *arguments]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    return run
+from tests.shared.conftest import Lorad
 
 
 @pytest.fixture
