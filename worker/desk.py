@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lorad.generator")
 
+CLOSE_S: Final = 3.0
+"""How long engines may take to close when the process ends: a step, and freeing what they hold."""
 GRACE_S: Final = 5.0
 """After its deadline an engine has this long to say so."""
 SMOOTHING_S: Final = 10.0
@@ -175,21 +177,32 @@ class Desk:
         """Be nobody's first choice any more; what is not answered `after_s` later ends with an error."""
         self._leaving.set()
         self._closed.wait(after_s)
-        for engine in list(self._engines.values()):
-            engine.close()
+        self._close_engines()
 
     def end_all(self, message: str, *, timeout_s: float) -> None:
         """End every open answer with an error that says to try again, without the engines' help."""
         self._outbox.end_all(Unavailable.code, message, timeout_s=timeout_s)
 
     def close(self) -> None:
-        """Send what there is to send, and be known no more. The engines stay as they are."""
+        """Send what there is to send, be known no more, and close the engines, waiting CLOSE_S for them at most.
+
+        A thread that still computes while Python ends would abort the process.
+        """
         self._closed.set()
         self._outbox.close()
         try:
             self._broker.generators.withdraw(self.generator_id)
         except Unavailable as error:
             log.warning("this generator could not say that it leaves: %s", error.message)
+        closing = threading.Thread(target=self._close_engines, daemon=True, name="closing")
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            log.warning("the engines were not closed within %g s", CLOSE_S)
+
+    def _close_engines(self) -> None:
+        for engine in list(self._engines.values()):
+            engine.close()
 
 
 class _Rate:

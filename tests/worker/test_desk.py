@@ -302,3 +302,28 @@ def test_an_unused_writer_and_the_outbox_write_the_same(queue: Queue) -> None:
     outbox.close()
 
     assert [chunk.text for chunk in answer] == ["a", "b", ""]
+
+
+def test_engines_are_closed_with_the_desk(queue: Queue) -> None:
+    """A thread that computed while the process ends would abort it. Closed twice is once, as when the desk leaves."""
+    engine = FakeEngine()
+    with desk_over(engine, queue) as desk:
+        desk.engine(BASE)
+        desk.leave(after_s=0)
+
+    assert not engine._thread.is_alive()
+
+
+def test_an_engine_that_does_not_close_is_not_waited_for_for_ever(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that hangs on a device costs some seconds, and the log says so."""
+    monkeypatch.setattr("worker.desk.CLOSE_S", 0.1)
+    engine, let_go = FakeEngine(), threading.Event()
+    closed = engine.close
+    monkeypatch.setattr(engine, "close", lambda: (let_go.wait(WAIT_S), closed()))
+    with desk_over(engine, queue) as desk:
+        desk.engine(BASE)
+    let_go.set()
+
+    assert "not closed within" in caplog.text
