@@ -17,6 +17,7 @@ MAX_SOCKET_PATH: Final = 100
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Kernels = Literal["auto", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Settings:
     port: int = 8321
     device: Device = "auto"
     dtype: Dtype = "auto"
+    kernels: Kernels = "auto"
+    """What a generator computes with on a CPU: kernels that it compiles where there is a C compiler, or torch alone."""
     api_threads: int = 32
     train_slots: int = 4
     """Jobs that one trainer trains side by side."""
@@ -117,7 +120,11 @@ _COMPUTE_OF = {"generator": {"GOMP_SPINCOUNT": "1000"}}
 _FOR_IMPORTER = frozenset({"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"})
 # Read by single modules, not settings: the failpoints of tests.
 _NOT_SETTINGS = frozenset({"LORAD_FAILPOINT"})
-_CHOICES: dict[str, tuple[str, ...]] = {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "float32", "bfloat16")}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("auto", "cpu", "cuda"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "kernels": ("auto", "torch"),
+}
 _POSITIVE_INTS = (
     "api_threads",
     "train_slots",

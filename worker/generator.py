@@ -57,6 +57,7 @@ class Models:
             adapter_cache_bytes=settings.adapter_cache_bytes,
             max_rows=settings.generate_slots,
             kv_cache_bytes=settings.kv_cache_bytes,
+            compiles=settings.kernels == "auto",
         )
 
     def _locate(self, version_id: str) -> StoredAdapter:

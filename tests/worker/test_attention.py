@@ -11,7 +11,7 @@ from worker import attention
 from worker.attention import packed_segments
 from worker.base_model import SUPPORTED
 
-VOCAB, WIDTH, WINDOW = 50, 32, 4
+VOCAB, WIDTH, WINDOW = 50, 64, 4
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -26,7 +26,7 @@ SIZES = {
 }
 GROUPED = SIZES | {"num_key_value_heads": 2}
 GEMMA = GROUPED | {
-    "head_dim": 8,
+    "head_dim": 16,
     "query_pre_attn_scalar": 13,
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -60,7 +60,7 @@ CONFIGS = {
     "phi": GROUPED | {"qk_layernorm": True},
     "phi3": GROUPED | {"sliding_window": WINDOW},
     "qwen2": GROUPED | WINDOWED_LAYER,
-    "qwen3": GROUPED | WINDOWED_LAYER | {"head_dim": 8},
+    "qwen3": GROUPED | WINDOWED_LAYER | {"head_dim": 16},
     "stablelm": GROUPED | {"qk_layernorm": True},
     "starcoder2": GROUPED | {"sliding_window": WINDOW, "residual_dropout": 0.0},
 }

@@ -6,9 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from shared import db, ids
 from shared.config import Settings, environment_for
@@ -18,6 +21,7 @@ from shared.store import base_models, durable
 from shared.store.layout import Layout
 from tests.servers import Broker
 from worker.base_model import digest_directory
+from worker.generator import Models
 from worker.watchdog import BROKEN_EXIT
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +94,19 @@ def test_a_generator_serves_and_leaves(settings: Settings, queue: Queue, tiny_ba
     assert chunks[-1].is_last
     assert code == 0
     assert queue.generators.alive(max_age_s=0) == []
+
+
+@pytest.mark.parametrize(("kernels", "num_asked"), [("auto", 1), ("torch", 0)])
+def test_the_setting_decides_whether_kernels_are_compiled(
+    settings: Settings, tiny_base_directory: Path, monkeypatch: pytest.MonkeyPatch, kernels: Any, num_asked: int
+) -> None:
+    """`torch` asks for none."""
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("worker.inference.forward.step_kernels", asked.append)
+
+    Models(replace(settings, kernels=kernels)).load(register(settings, tiny_base_directory)).close()
+
+    assert len(asked) == num_asked
 
 
 STUCK = """

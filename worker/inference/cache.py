@@ -156,6 +156,16 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
         kept: tuple[Tensor, Tensor] = self.layers[layer].put(keys_TGD, values_TGD)
         return kept
 
+    def places(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All places of a layer's keys and values, (N, G, D) each, and which of them the step writes, (T,)."""
+        own = self.layers[layer]
+        return (*own.flat, own.where_T)
+
+    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A whole layer's keys and values, (S, G, L, D) each."""
+        own = self.layers[layer]
+        return own.keys, own.values
+
     def write_to(self, where_T: Tensor) -> None:
         """Forwards from now on write there: row times `room`'s positions plus position, or `spare`, of each token."""
         for layer in self.layers:
@@ -199,7 +209,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships n
 
     def __init__(self, max_positions: int, keys_NGD: Tensor, values_NGD: Tensor) -> None:
         super().__init__()
-        self._flat = keys_NGD, values_NGD
+        self.flat = keys_NGD, values_NGD
         self._max_positions = max_positions
         self.where_T = torch.empty(0, dtype=torch.long)
         self.is_initialized = True
@@ -216,7 +226,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships n
 
     def put(self, keys_TGD: Tensor, values_TGD: Tensor) -> tuple[Tensor, Tensor]:
         """Store the step's keys and values; returns the whole layer's, (S, G, L, D)."""
-        keys, values = self._flat
+        keys, values = self.flat
         keys.index_copy_(0, self.where_T, keys_TGD)
         values.index_copy_(0, self.where_T, values_TGD)
         return self.keys, self.values

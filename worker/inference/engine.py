@@ -49,12 +49,13 @@ class InferenceEngine:
     Each step computes one token of every row that decodes and, beside them, pieces of the prompts of new rows. What
     goes wrong with one row ends that row's request and no other.
 
-    `locate(version_id)` says where an adapter's files are; what it raises is that request's answer. The engine is the
-    only user of the model until `close`, which gives the model back as it was.
+    `locate(version_id)` says where an adapter's files are; what it raises is that request's answer. If `compiles`, a
+    CPU gets C kernels where there is a compiler. The engine is the only user of the model until `close`, which gives
+    the model back as it was.
     """
 
     def __init__(self, base: BaseModel, *, locate: Locate, adapter_cache_bytes: int, max_rows: int,
-                 kv_cache_bytes: int = 2 << 30, meter: Meter | None = None) -> None:  # fmt: skip
+                 kv_cache_bytes: int = 2 << 30, compiles: bool = True, meter: Meter | None = None) -> None:  # fmt: skip
         self._base = base
         self._max_rows = max_rows
         self._adapter_cache_bytes = adapter_cache_bytes
@@ -72,7 +73,7 @@ class InferenceEngine:
         made: Future[None] = Future()
 
         def make() -> tuple[RowForward, ResidentAdapters]:
-            forward = RowForward(base, max_rows=max_rows, cache_bytes=kv_cache_bytes)
+            forward = RowForward(base, max_rows=max_rows, cache_bytes=kv_cache_bytes, compiles=compiles)
             return forward, ResidentAdapters(
                 forward.bank, locate=locate, budget_bytes=adapter_cache_bytes, on_read=self._wake, meter=self.meter
             )

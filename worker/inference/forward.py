@@ -16,7 +16,9 @@ from worker.inference.cache import PlaneProbe, SlotCache
 from worker.inference.graphs import StepGraphs
 from worker.inference.lean import make_lean
 from worker.kernels import norms
-from worker.kernels.packed_linear import PackedProduct, can_pack
+from worker.kernels.native.step_kernels import StepKernels, step_kernels
+from worker.kernels.native.streamed_product import packed_by
+from worker.kernels.packed_linear import can_pack
 from worker.kernels.row_attention import Chunk, RowAttention
 from worker.lora.bank import AdapterBank
 from worker.lora.product import PlainProduct, Product
@@ -40,10 +42,11 @@ class RowForward:
     """The model, its adapters and its key-value cache, as rows of tokens in and next-token logits out.
 
     A forward that raises leaves all rows as long as they were, so it may be tried again with fewer of them. Logits are
-    in the model's dtype, on its device. One thread at a time; `close` gives the model back as it was.
+    in the model's dtype, on its device. If `compiles`, a CPU gets C kernels where it can.
+    One thread at a time; `close` gives the model back as it was.
     """
 
-    def __init__(self, base: BaseModel, *, max_rows: int, cache_bytes: int) -> None:
+    def __init__(self, base: BaseModel, *, max_rows: int, cache_bytes: int, compiles: bool = True) -> None:
         self._model = cast(Any, base.model)
         self._device = base.device
         num_layers = self._model.config.get_text_config().num_hidden_layers
@@ -57,13 +60,16 @@ class RowForward:
 
         head = self._model.get_output_embeddings()
         packs = can_pack([head.weight, *(layer.weight for layer in linear_modules(base.model).values())])
-        self.bank = AdapterBank(base.model, look, product=PackedProduct if packs else PlainProduct)
+        self._kernels = _kernels_for(base.model) if compiles and base.device.type == "cpu" else None
+        product = packed_by(self._kernels) if packs else PlainProduct
+        kernel = None if self._kernels is None else self._kernels.add_updates
+        self.bank = AdapterBank(base.model, look, product=product, kernel=kernel)
         self._head = head if packs else None
         if packs:
-            vars(head)["forward"] = _whole(PackedProduct(head.weight, head.bias), len(head.weight))
+            vars(head)["forward"] = _whole(product(head.weight, head.bias), len(head.weight))
         # On a GPU graphs hide what starting operations costs, which is what the lean form saves.
         on_gpu = base.device.type == "cuda"
-        self._changed = _fuse_norms(base.model) if on_gpu else make_lean(base.model, self.bank.sites)
+        self._changed = _fuse_norms(base.model) if on_gpu else make_lean(base.model, self.bank.sites, self._kernels)
         self.cache = SlotCache(
             probe.planes,
             max_rows=max_rows,
@@ -117,7 +123,7 @@ class RowForward:
         end_of = dict(zip(order, ends, strict=True))
         wanted = [end_of[i] for i, piece in enumerate(pieces) if piece.wants_next]
         self.cache.begin([(chunk.slot, chunk.start, chunk.num_tokens) for chunk in chunks])
-        rows = RowAttention(chunks[:num_single], chunks[num_single:], self._device)
+        rows = RowAttention(chunks[:num_single], chunks[num_single:], self._device, self._kernels)
         route = self.bank.routed([(len(pieces[i].token_ids), pieces[i].shares) for i in order])
         with route, cached_rows(rows):
             logits = self._run(self._there(ids), self._there(positions), self._there(wanted))
@@ -140,6 +146,12 @@ class RowForward:
         """On the model's device, without waiting for what that is still doing."""
         here = torch.tensor(numbers, dtype=torch.long)
         return here.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else here
+
+
+def _kernels_for(model: nn.Module) -> StepKernels | None:
+    """Compiled kernels, which take tensors of one dtype, for a model that is all of one."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return step_kernels(dtypes.pop()) if len(dtypes) == 1 else None
 
 
 def _fuse_norms(model: nn.Module) -> list[nn.Module]:

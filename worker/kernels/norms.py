@@ -28,7 +28,7 @@ def lean_forward(module: nn.Module) -> Forward:
     """
     scale = _scale_of(module)
     assert scale is not None, f"{type(module).__name__} is no RMSNorm"
-    return partial(_forward, module, module.forward, scale, _eps_of(module))
+    return partial(_forward, module, module.forward, scale, eps_of(module))
 
 
 def fused_forward(module: nn.Module) -> Forward | None:
@@ -38,7 +38,7 @@ def fused_forward(module: nn.Module) -> Forward | None:
     assert isinstance(weight, Tensor)
     if scale is None or not torch.equal(scale, weight.to(scale.dtype)):
         return None
-    eps, shape = _eps_of(module), list(weight.shape)
+    eps, shape = eps_of(module), list(weight.shape)
     return lambda x: functional.rms_norm(x, shape, weight, eps)
 
 
@@ -79,7 +79,7 @@ def _scale_of(module: nn.Module) -> Tensor | None:
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(4, len(weight), generator=draws).to(weight)
     wide_x = x.to(wide.dtype)
-    unit = wide_x * (wide_x.square().mean(dim=-1, keepdim=True) + _eps_of(module)).rsqrt()
+    unit = wide_x * (wide_x.square().mean(dim=-1, keepdim=True) + eps_of(module)).rsqrt()
     with torch.no_grad():
         y = module(x).to(wide.dtype)
     # Four roundings of the model's dtype, relative to each value.
@@ -94,5 +94,6 @@ def _eps_name(module: nn.Module) -> str:
     return "variance_epsilon" if hasattr(module, "variance_epsilon") else "eps"
 
 
-def _eps_of(module: nn.Module) -> float:
+def eps_of(module: nn.Module) -> float:
+    """What an RMSNorm adds to the mean of squares."""
     return float(getattr(module, _eps_name(module)))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from worker.kernels import varlen
+from worker.kernels.native.step_kernels import StepKernels
 from worker.kernels.softcap import softcapped_attention
 
 M = TypeVar("M")
@@ -44,6 +45,8 @@ class RowAttention:
     decode: Sequence[Chunk]
     prefill: Sequence[Chunk]
     device: torch.device
+    kernels: StepKernels | None = None
+    """Compiled ones, on a CPU that has them."""
     _shared: dict[object, Any] = field(default_factory=dict)
 
     def __call__(self, query_1HTD: Tensor, key_SGLD: Tensor, value_SGLD: Tensor, *,
@@ -52,6 +55,12 @@ class RowAttention:
         if softcap is None and varlen.suits(query_1HTD, value_SGLD):
             return varlen.cached_attention(query_1HTD, key_SGLD, value_SGLD, self._ragged(key_SGLD.shape[2]),
                                            scaling=scaling, window=window)  # fmt: skip
+        if self.kernels is not None and softcap is None and self.kernels.suit(query_1HTD, key_SGLD, value_SGLD):
+            first_T, count_T = self._made((window, "seen"), lambda: self._seen(window, key_SGLD.shape[2]))
+            scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
+            return self.kernels.attend(query_1HTD[0].transpose(0, 1), key_SGLD, value_SGLD, first_T, count_T, scale)[
+                None
+            ]
         parts = []
         if self.decode:
             parts.append(self._decoded(query_1HTD, key_SGLD, value_SGLD, scaling, window, softcap))
@@ -103,6 +112,15 @@ class RowAttention:
             return varlen.Ragged(runs, rows, ends, max(lengths), max(chunk.end for chunk in chunks))
 
         return self._made("ragged", make)
+
+    def _seen(self, window: int | None, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Where among all places what each token sees begins, and how many positions that is, (T,) each."""
+        chunks = [*self.decode, *self.prefill]
+        ends_T = torch.cat([torch.arange(chunk.start + 1, chunk.end + 1) for chunk in chunks])
+        starts_T = torch.zeros_like(ends_T) if window is None else (ends_T - window).clamp_(min=0)
+        lengths = torch.tensor([chunk.num_tokens for chunk in chunks])
+        rows_T = torch.tensor([chunk.slot * num_positions for chunk in chunks]).repeat_interleave(lengths)
+        return rows_T + starts_T, ends_T - starts_T
 
     @property
     def _num_slots(self) -> int:

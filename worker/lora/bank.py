@@ -21,6 +21,7 @@ from worker.lora.sites import Site, find_sites
 from worker.lora.spec import LoadedAdapter
 from worker.lora.stack import Columns, Part, Stack
 from worker.lora.targets import linear_modules
+from worker.lora.update_table import Own, UpdateKernel, UpdateTable, can_tabulate
 
 MOST_COLUMNS: Final = 512
 """Ranks of the adapters in one joint product, summed. Beyond, computing what other rows' adapters would do costs more
@@ -31,6 +32,8 @@ SHORT_COLUMNS: Final = 8192
 """Tokens of a run times columns of the stacks up to which joint products are faster than a pair of its own."""
 FEW_COLUMNS: Final = 64
 """Columns of the stacks up to which they also beat the products of the one adapter that all rows have, once packed."""
+TABULATED: Final = 2048
+"""Tokens of a run times the rank of its adapter up to which a compiled kernel is faster than two products."""
 GPU_COLUMNS: Final = 2048
 GPU_SHORT: Final = 1024
 GPU_SHORT_COLUMNS: Final = 1 << 19
@@ -56,17 +59,20 @@ class AdapterBank:
     Tokens of the bare base, and layers an adapter does not have, get exactly what the base layer gives, whatever else
     is in the step. Tokens that decode and short prompts share one pair of products: all their adapters' A side by side,
     the result zeroed where a column is not the token's own, all their B. Longer runs have a pair for each adapter.
+    Where there is a compiled `kernel`, it takes what would share products, and multiplies no zeros.
     A and B are in the model's dtype. Attaching, detaching and routing cost the same however many are attached.
 
     `probe` runs one forward of the model; sites are found by what it calls, and computed by `product`. One bank per
     model, all but `pack` for the thread that owns the model. `close` gives the model back as it was.
     """
 
-    def __init__(self, model: nn.Module, probe: Callable[[], object], *, product: MakeProduct = PlainProduct) -> None:
+    def __init__(self, model: nn.Module, probe: Callable[[], object], *, product: MakeProduct = PlainProduct,
+                 kernel: UpdateKernel | None = None) -> None:  # fmt: skip
         self._layers = linear_modules(model)
         self._places = Places.of(model)
         first = next(iter(self._layers.values())).weight
         self._dtype, self._device, self._product = first.dtype, first.device, product
+        self._kernel = kernel
         self.sites = find_sites(model, probe, product)
         self._kinds: list[Kind] = []
         self._where: dict[str, tuple[int, int, int]] = {}
@@ -177,6 +183,8 @@ class AdapterBank:
         different = {key_of(shares) for _, shares in runs}
         if different == {()}:
             return None
+        if self._kernel is not None:
+            return self._tabulated(runs, num_tokens)
         if len(different) == 1 and not by_stacks and not (num_tokens == len(runs) and self._is_in_few(runs[0][1])):
             return Route(num_tokens, spans=(Span(slice(0, num_tokens), self._packed(runs[0][1])),))
         on_gpu = self._device.type != "cpu"
@@ -198,13 +206,51 @@ class AdapterBank:
             elif shares:
                 alone.setdefault(key_of(shares), []).append((start, start + length, shares))
             start += length
-        spans = tuple(Span(span_places(own, self._device), self._packed(own[0][2])) for own in alone.values())
         lengths_S = torch.tensor([length for length, _ in stacked], dtype=torch.long).to(self._device)
         weights_T1R = weights_SR.to(self._device).repeat_interleave(
             lengths_S, 0, output_size=sum(length for length, _ in stacked)
         )[:, None]
         weights = None if is_plain else weights_T1R.to(self._dtype)
-        return Route(num_tokens, len(weights_T1R), weights_T1R == 0, weights, spans)
+        return Route(num_tokens, len(weights_T1R), weights_T1R == 0, weights, self._spans(alone))
+
+    def _tabulated(self, runs: Sequence[Run], num_tokens: int) -> Route:
+        """All runs by the kernel, but for those whose two products are large enough to be faster."""
+        short: dict[int, list[tuple[int, int, Own]]] = {}
+        long: dict[object, list[tuple[int, int, Shares]]] = {}
+        own_parts: dict[object, dict[int, Own]] = {}
+        start = 0
+        for length, shares in runs:
+            if shares:
+                key = key_of(shares)
+                if key not in own_parts:
+                    own_parts[key] = self._parts(shares)
+                rank = sum(self._attached[share.version_id].rank for share in shares)
+                if (length == 1 or length * rank <= TABULATED) and self._can_tabulate(own_parts[key]):
+                    for number, own in own_parts[key].items():
+                        short.setdefault(number, []).append((start, length, own))
+                else:
+                    long.setdefault(key, []).append((start, start + length, shares))
+            start += length
+        return Route(
+            num_tokens,
+            spans=self._spans(long),
+            tables={number: UpdateTable.of(own, self._kinds[number].member_sizes) for number, own in short.items()},
+        )
+
+    def _parts(self, shares: Shares) -> dict[int, Own]:
+        """What adapters do at each kind of site where they do anything."""
+        found: dict[int, Own] = {}
+        for share in shares:
+            for number, part in self._attached[share.version_id].parts.items():
+                found[number] = (*found.get(number, ()), (part, share.weight))
+        return found
+
+    def _can_tabulate(self, parts: Mapping[int, Own]) -> bool:
+        return all(can_tabulate(part) for own in parts.values() for part, _ in own)
+
+    def _spans(self, runs: Mapping[object, list[tuple[int, int, Shares]]]) -> tuple[Span, ...]:
+        """Runs that go through the same adapters together."""
+        return tuple(Span(span_places(own, self._device), self._packed(own[0][2])) for own in runs.values())
 
     def _is_in_few(self, shares: Shares) -> bool:
         """True if the stacks are small, and stay so with these adapters."""
@@ -292,6 +338,10 @@ class AdapterBank:
         if num_tokens != route.num_tokens:
             paths = " and ".join(kind.sites[layer].paths)
             raise ValueError(f"routed {route.num_tokens} tokens, but the input of {paths} has {num_tokens}")
+        table = route.tables.get(number)
+        if table is not None:
+            assert self._kernel is not None
+            self._kernel(table, layer, x_TI, y_TO)
         if num_stacked and kind.stack is not None:
             assert route.hidden_B1R is not None
             if num_stacked == num_tokens:

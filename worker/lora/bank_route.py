@@ -3,7 +3,7 @@
 # Shapes: B tokens that share the joint products, R their columns.
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.specs import AdapterShare
 from worker.lora.stack import Part
+from worker.lora.update_table import UpdateTable
 
 Shares = tuple[AdapterShare, ...]
 Run = tuple[int, Shares]
@@ -39,13 +40,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Route:
-    """Who updates what in one step: the first `num_stacked` tokens by the stacks, `spans` one by one."""
+    """Who updates what in one step: the first `num_stacked` tokens by the stacks, `spans` one by one, and what is in
+    `tables`, by the number of the kind of site, by a compiled kernel."""
 
     num_tokens: int
     num_stacked: int = 0
     hidden_B1R: Tensor | None = None
     weights_B1R: Tensor | None = None
     spans: tuple[Span, ...] = ()
+    tables: Mapping[int, UpdateTable] = field(default_factory=dict)
 
 
 def key_of(shares: Shares) -> tuple[tuple[str, float], ...]:

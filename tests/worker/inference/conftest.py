@@ -15,6 +15,7 @@ from shared.specs import AdapterShare, Chunk, ChunkError, GenerationRequest, Lor
 from worker.base_model import BaseModel
 from worker.inference.engine import InferenceEngine
 from worker.inference.stream import ChunkStream
+from worker.kernels.native.step_kernels import step_kernels
 from worker.lora.manager import AdapterManager
 
 WAIT_S = 60
@@ -25,6 +26,16 @@ def base(tiny_base: BaseModel) -> BaseModel:
     """The tiny Llama with a tokenizer that shows every token but the special ones as one character of its own."""
     tiny_base.tokenizer.backend_tokenizer.decoder = decoders.Fuse()
     return tiny_base
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A step that compiled kernels compute, and one that torch computes alone."""
+    if request.param == "torch":
+        monkeypatch.setattr("worker.inference.forward.step_kernels", lambda _: None)
+    elif step_kernels(torch.float32) is None:
+        pytest.skip("needs a C compiler")
+    return str(request.param)
 
 
 @dataclass

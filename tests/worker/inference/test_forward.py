@@ -13,6 +13,7 @@ from worker import attention
 from worker.base_model import SUPPORTED, BaseModel
 from worker.inference.forward import Piece, RowForward
 
+pytestmark = pytest.mark.usefixtures("computed_by")
 LENGTHS = (1, 3, 2 * WINDOW, 17)
 STEPS = 3 * WINDOW
 # Float32 sums in another order; the logits are of order 1 to 10.

@@ -15,6 +15,7 @@ from worker.base_model import BaseModel
 from worker.inference.forward import Piece, RowForward
 from worker.inference.lean import LeanLayer
 
+pytestmark = pytest.mark.usefixtures("computed_by")
 LEAN = ("llama", "mistral", "qwen2")
 LENGTHS = (1, 3, 2 * WINDOW, 17)
 # Float32 sums in another order; the logits are of order 1 to 10.
@@ -106,7 +107,7 @@ def test_what_differs_for_far_tokens_only_keeps_its_own_forward() -> None:
     """Ministral 3 is a Llama up to the context that it was first trained with; beyond, its queries grow."""
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
     config = AutoConfig.for_model(
-        "ministral3", **CONFIGS["llama"], head_dim=8, rope_parameters=rope | {"llama_4_scaling_beta": 0.5}
+        "ministral3", **CONFIGS["llama"], head_dim=16, rope_parameters=rope | {"llama_4_scaling_beta": 0.5}
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.NAME).eval()
 

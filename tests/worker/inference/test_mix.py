@@ -22,6 +22,9 @@ from worker.lora.format import read_adapter
 Mix = Mapping[str, float]
 
 
+pytestmark = pytest.mark.usefixtures("computed_by")
+
+
 def mixed(prompt: str, mix: Mix, **changed: Any) -> GenerationRequest:
     asked = [AdapterShare(version_id=name, weight=weight) for name, weight in mix.items()]
     return ask(prompt, **changed).model_copy(update={"adapters": asked})

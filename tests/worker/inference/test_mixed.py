@@ -14,6 +14,7 @@ from worker.inference.forward import Piece, RowForward
 from worker.lora.format import read_adapter
 from worker.lora.targets import linear_modules
 
+pytestmark = pytest.mark.usefixtures("computed_by")
 RANKS = (2, 4, 8, 16)
 PROMPTS = ["a", "Once upon a time", "what is", "the quick brown fox jumps over the lazy dog", "xyz", "to be or not"]
 

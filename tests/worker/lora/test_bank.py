@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared.errors import IncompatibleAdapter, StateConflict
 from shared.specs import AdapterShare, LoraSpec
+from worker.kernels.native.step_kernels import step_kernels
 from worker.lora import bank as bank_module
 from worker.lora.bank import AdapterBank
 from worker.lora.bank_route import Shares
@@ -21,6 +22,7 @@ from worker.lora.spec import LoadedAdapter
 from worker.lora.stack import Stack
 from worker.lora.targets import linear_modules
 from worker.lora.update import weight_OI
+from worker.lora.update_table import UpdateKernel
 
 # Float32 products in another order, on values of order 1 to 10.
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
@@ -40,8 +42,8 @@ def made(model: nn.Module, name: str, *, r: int, targets: Any = "all-linear", sc
     return adapter
 
 
-def bank_on(model: Any) -> AdapterBank:
-    return AdapterBank(model, lambda: model(input_ids=torch.zeros(1, 2, dtype=torch.long)))
+def bank_on(model: Any, kernel: UpdateKernel | None = None) -> AdapterBank:
+    return AdapterBank(model, lambda: model(input_ids=torch.zeros(1, 2, dtype=torch.long)), kernel=kernel)
 
 
 def shares(*names: str, weight: float = 1.0) -> Shares:
@@ -93,12 +95,22 @@ def adapters(model: Any) -> dict[str, LoadedAdapter]:
     }
 
 
-@pytest.fixture
-def bank(model: Any, adapters: dict[str, LoadedAdapter]) -> AdapterBank:
-    made_bank = bank_on(model)
+def bank_with(model: Any, adapters: dict[str, LoadedAdapter], kernel: UpdateKernel | None = None) -> AdapterBank:
+    made_bank = bank_on(model, kernel)
     for name, adapter in adapters.items():
         made_bank.attach(name, made_bank.pack(adapter, name=name))
     return made_bank
+
+
+@pytest.fixture(params=["stacks", "kernel"])
+def bank(request: pytest.FixtureRequest, model: Any, adapters: dict[str, LoadedAdapter]) -> AdapterBank:
+    """One that computes with torch's products, and one with a compiled kernel."""
+    if request.param == "stacks":
+        return bank_with(model, adapters)
+    kernels = step_kernels(torch.float32)
+    if kernels is None:
+        pytest.skip("needs a C compiler")
+    return bank_with(model, adapters, kernels.add_updates)
 
 
 def test_every_token_goes_through_its_own_adapter(
@@ -148,9 +160,10 @@ def test_mixes_add_up_by_weight(model: Any, bank: AdapterBank, adapters: dict[st
 
 
 def test_more_ranks_than_the_stacks_hold(
-    model: Any, bank: AdapterBank, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+    model: Any, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has no columns is computed by itself, also in a mix with what has."""
+    bank = bank_with(model, adapters)
     monkeypatch.setattr(bank_module, "MOST_COLUMNS", 10)
     mix = (AdapterShare(version_id="b", weight=0.5), AdapterShare(version_id="c", weight=0.5))
     check(model, bank, adapters, [shares("a"), shares("c"), shares("b"), shares("d"), mix, (), shares("c")])
@@ -159,9 +172,10 @@ def test_more_ranks_than_the_stacks_hold(
 
 
 def test_stacks_that_are_full_are_not_laid_out_again(
-    model: Any, bank: AdapterBank, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+    model: Any, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as the same adapters decode, whoever joins them; adapters that take their place do change it."""
+    bank = bank_with(model, adapters)
     monkeypatch.setattr(bank_module, "MOST_COLUMNS", 10)
     steps = [[shares(name) for name in names] for names in ("abcd", "dcab", "cab", "abbc")]
     check(model, bank, adapters, steps[0])
@@ -195,9 +209,7 @@ def test_memory_that_runs_out_in_the_middle_leaves_later_steps_right(
 ) -> None:
     """Wherever making room for an adapter fails, it is not taken for being there, nor is what it displaced."""
     monkeypatch.setattr(bank_module, "MOST_COLUMNS", 16)
-    bank, put = bank_on(model), Stack.put
-    for name, adapter in adapters.items():
-        bank.attach(name, bank.pack(adapter, name=name))
+    bank, put = bank_with(model, adapters), Stack.put
     before, failing = [shares("a"), shares("b")], [shares("a"), shares("d")]
     num_failures = 0
     for num_puts in range(100):
