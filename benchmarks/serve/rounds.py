@@ -44,7 +44,7 @@ class Result:
             slow.name
             for slow in self.rows
             for fast in self.rows
-            if fast.program == slow.program and slow.timed and not slow.loads
+            if fast.program == slow.program and slow.timed and not slow.loads and set(slow.timed) <= set(fast.timed)
             if all(self._is_beaten(slow.name, fast.name, scenario) for scenario in slow.timed)
         }
 

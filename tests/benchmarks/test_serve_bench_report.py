@@ -156,6 +156,13 @@ def test_the_slow_dtype_is_left_out_of_later_rounds() -> None:
     assert result.beaten() == {"ours-fp32"}
 
 
+def test_a_row_that_only_answers_is_compared_with_none() -> None:
+    """It has no figures, in a round in which others have."""
+    result = result_of(ours_linear=[rates(linear=50)], ours_fp32_linear=[])
+
+    assert result.beaten() == set()
+
+
 def test_a_row_left_out_of_a_round_keeps_its_figures() -> None:
     """Its empty answer counts in no ratio."""
     result = result_of(ours=[rates(eight=300), rates(eight=100)], ours_fp32=[rates(eight=100), {}])
