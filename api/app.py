@@ -7,10 +7,11 @@ from flask import Flask, Response, g, request
 
 from api import adapters, audit, completions, errors, files, generators, jobs, models, ops
 from api.auth import STANDING, Gate
-from api.call import Seats, Services
+from api.call import Services
 from api.endpoint import Endpoint, install
 from api.metrics import Metrics
 from api.refusals import Refusals
+from api.seats import Seats
 from shared import db, ids, logs
 from shared.config import Settings
 from shared.queue import Queue

@@ -6,6 +6,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from api.seats import Seats
 from shared.errors import LoradError
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ BODY_S: Final = 15.0
 """How long a request's body may keep a thread waiting beyond what its bytes have earned."""
 BODY_BYTES_PER_S: Final = 8 << 10
 """Bytes that earn a second of waiting; so this is the slowest upload."""
+CROWDED_S: Final = 1.0
+"""How long a body may keep a thread waiting at a time while as many threads as may wait for bodies already do."""
 ANSWER_S: Final = 60.0
 """How long a piece of an answer may take to be read."""
 
@@ -32,12 +35,14 @@ class PatientSocket(socket.socket):
 
     Patience is a bucket of BODY_S seconds: waiting empties it, bytes fill it at 1 s per BODY_BYTES_PER_S, never beyond
     the brim. So only time spent on waiting for the client counts, a long upload at a fair rate goes through, and bytes
-    that trickle do not. In non-blocking mode all is as with any socket.
+    that trickle do not. Who waits without one of the `seats` has CROWDED_S. In non-blocking mode all is as with any
+    socket.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, seats: Seats) -> None:
         """Takes the connection over; the other object is left without one."""
         super().__init__(connection.family, connection.type, connection.proto, fileno=connection.detach())
+        self._seats = seats
         self._patience_s = BODY_S
 
     def be_patient(self, seconds: float = BODY_S) -> None:
@@ -61,9 +66,10 @@ class PatientSocket(socket.socket):
         if wait_s <= 0:
             raise ClientTooSlow
         began = time.monotonic()
-        self.settimeout(wait_s)
         try:
-            piece = super().recv(size, flags)
+            with self._seats.taken() as seated:
+                self.settimeout(wait_s if seated else min(wait_s, CROWDED_S))
+                piece = super().recv(size, flags)
         except TimeoutError:
             raise ClientTooSlow from None
         finally:

@@ -2,7 +2,7 @@
 
 gunicorn's own thread worker reads heads of requests in its threads without a time limit, and ends connections on its
 main loop, waiting up to 2 s for each. Here the main loop gathers heads and lets ended connections linger, for any
-number of clients at once; `api.patience` bounds what threads wait for.
+number of clients at once; `api.patience` bounds what threads wait for, and half of them at most wait long for bodies.
 """
 
 import json
@@ -18,6 +18,7 @@ from gunicorn.http import errors as http
 from gunicorn.workers.gthread import ThreadWorker
 
 from api.patience import PatientSocket
+from api.seats import Seats
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -55,6 +56,7 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._parked: dict[Any, _Parked] = {}
+        self._body_seats = Seats(self.cfg.threads // 2)
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
@@ -73,7 +75,7 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no type
     def enqueue_req(self, conn: Any) -> None:
         """Gather the head of the connection's next request, and answer it by a thread once it is whole."""
         if not isinstance(conn.sock, PatientSocket):
-            conn.sock = PatientSocket(conn.sock)
+            conn.sock = PatientSocket(conn.sock, self._body_seats)
         conn.sock.setblocking(False)
         conn.head = bytearray(conn.parser.unreader.take_buffered() if conn.parser else b"")
         conn.num_searched = 0

@@ -286,6 +286,23 @@ def test_row_56_clients_that_dawdle_are_cut_off_and_hold_up_nobody(server: Serve
     assert server.num_jobs() == jobs
 
 
+def test_more_unfinished_bodies_than_threads_hold_up_nobody_for_long(server: Server) -> None:
+    """With a right key too: half of the threads wait for bodies as long as they may, the others give up after a second
+    each, and all are told so."""
+    with ExitStack() as stack:
+        bodies = [stack.enter_context(server.connect()) for _ in range(2 * THREADS)]
+        for connection in bodies:
+            connection.sendall(head("Content-Length: 1000") + b"{")
+        time.sleep(0.5)  # until threads have taken them up
+        served = healthy(server)
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            told = list(pool.map(rest_of, bodies))
+
+    assert served
+    for answer in told:
+        assert_told(answer, 408)
+
+
 def test_a_body_that_nobody_wants_is_not_waited_for(server: Server) -> None:
     """More such requests than there are threads, each answered: their bodies trickle, and the next client is
     served at once. One whose body is there keeps its connection."""
