@@ -1,5 +1,7 @@
 """What a user asks of a job: submit, cancel, pause, resume."""
 
+from typing import Final
+
 from sqlalchemy import func, select, update
 
 from shared import ids, limits
@@ -9,6 +11,8 @@ from shared.jobs.arcs import ARCS, append_event, follow
 from shared.jobs.queries import NewJob, get
 from shared.tables import Job, JobState
 
+SUBMIT_LOCK: Final = 0x737562
+"""With a tenant; any number that nobody else locks."""
 CANCELLED = "The job was cancelled."
 PAUSED = "The job was paused."
 _ASKED = {"cancel_requested_at": "Cancellation was requested.", "pause_requested_at": "A pause was requested."}
@@ -16,6 +20,7 @@ _ASKED = {"cancel_requested_at": "Cancellation was requested.", "pause_requested
 
 def submit(tx: Tx, new: NewJob, *, max_queued: int) -> Job:
     """A new queued job; raises QueueFull. Ring the doorbell after the commit, never before."""
+    _one_at_a_time(tx, new.tenant)
     queued = select(func.count()).where(Job.tenant == new.tenant, Job.state == JobState.QUEUED)
     if tx.scalar(queued.select_from(Job)) >= max_queued:  # type: ignore[operator]  # a count is never None
         raise QueueFull(f"{max_queued} jobs are queued already, which is the limit; try again later")
@@ -69,6 +74,13 @@ def resume(tx: Tx, tenant: str, job_id: str) -> Job:
     if job := follow(tx, "resume", job_id, values=values, message="The job was resumed and queued."):
         return job
     raise StateConflict(f"job {job_id} is {get(tx, tenant, job_id).state}, only a paused job can be resumed")
+
+
+def _one_at_a_time(tx: Tx, tenant: str) -> None:
+    """A tenant's submissions count what is queued, so they go one at a time, as SQLite's write transactions do anyway."""
+    if tx.get_bind().dialect.name == "postgresql":
+        bound_waiting(tx)
+        tx.execute(select(func.pg_advisory_xact_lock(SUBMIT_LOCK, func.hashtext(tenant))))
 
 
 def _lock(tx: Tx, tenant: str, job_id: str) -> Job:

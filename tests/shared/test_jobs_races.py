@@ -22,6 +22,7 @@ from shared.jobs import Claim
 from shared.tables import JobState
 from tests.shared.ledger_calls import Ledger, open_ledger
 from tests.shared.ledger_races import NAME, ONCE, STATES, TENANT, Call, Scene, allowed, calls_in, left, make_scene
+from tests.shared.ledger_rows import MAX_QUEUED
 
 IS_CAMPAIGN: Final = settings.get_current_profile_name() == "campaign"
 THREADS: Final = 4
@@ -144,6 +145,20 @@ def test_a_call_between_two_statements_does_no_harm(
 ) -> None:
     """Whatever the second call does after any statement of the first, both are as they would be one after another."""
     assert interleave(postgres_ledger, state, (first, second)) > 1
+
+
+def test_one_of_two_submissions_gets_the_last_place(postgres_ledger: Ledger) -> None:
+    """Wherever the second comes between two statements of the first: it waits, and then finds the queue full."""
+    base, _ = postgres_ledger.bases
+    for after in itertools.count(1):
+        submit = functools.partial(postgres_ledger.submit, tenant=f"tenant-{after}", name="a", base=base, priority=0)
+        for _ in range(MAX_QUEUED - 1):
+            assert submit() != "full"
+        answers = Interleaving(postgres_ledger.world.engine, submit).run(submit, after=after)
+        if answers is None:
+            break
+        assert answers.count("full") == 1
+    assert after > 2
 
 
 @pytest.mark.timeout(1500 if IS_CAMPAIGN else 240)
