@@ -161,11 +161,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
         own = self.layers[layer]
         return (*own.flat, own.where_T)
 
-    def kept(self, layer: int) -> tuple[Tensor, Tensor]:
-        """A whole layer's keys and values, (S, G, L, D) each."""
-        own = self.layers[layer]
-        return own.keys, own.values
-
     def write_to(self, where_T: Tensor) -> None:
         """Forwards from now on write there: row times `room`'s positions plus position, or `spare`, of each token."""
         for layer in self.layers:

@@ -13,6 +13,7 @@ from shared.specs import AdapterShare
 from worker.attention import cached_rows
 from worker.base_model import BaseModel
 from worker.inference.cache import PlaneProbe, SlotCache
+from worker.inference.compiled import compile_layers
 from worker.inference.graphs import StepGraphs
 from worker.inference.lean import make_lean
 from worker.kernels import norms
@@ -69,7 +70,9 @@ class RowForward:
             vars(head)["forward"] = _whole(product(head.weight, head.bias), len(head.weight))
         # On a GPU graphs hide what starting operations costs, which is what the lean form saves.
         on_gpu = base.device.type == "cuda"
-        self._changed = _fuse_norms(base.model) if on_gpu else make_lean(base.model, self.bank.sites, self._kernels)
+        self._changed = _fuse_norms(base.model) if on_gpu else make_lean(base.model, self.bank.sites)
+        if self._kernels is not None:
+            compile_layers(self._changed, self.bank, self._kernels)
         self.cache = SlotCache(
             probe.planes,
             max_rows=max_rows,

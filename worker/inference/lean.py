@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from worker.attention import cached_rows, current_rows
 from worker.kernels import norms, swiglu
-from worker.kernels.native.step_kernels import StepKernels
 from worker.lora.sites import Site
 
 log = logging.getLogger("lorad.inference")
@@ -27,7 +26,7 @@ _PROJECTIONS: Final = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """How a layer attends: what it tells the attention interface, seen when its own forward was tried."""
 
     num_query: int
@@ -59,22 +58,19 @@ class LeanLayer:
 
     q, k and v come out of one product and are turned where they lie; each sum is part of the product before it. Equal
     to the layer's own forward within rounding, which is done less often. Transformers' own runs what is not a
-    generation step. What is not a product is computed by `kernels` if there are any.
+    generation step.
     """
 
-    def __init__(self, layer: nn.Module, sites: Mapping[nn.Module, Site], heads: _Heads, signs: RotarySigns,
-                 kernels: StepKernels | None = None) -> None:  # fmt: skip
+    def __init__(self, layer: nn.Module, sites: Mapping[nn.Module, Site], heads: Heads, signs: RotarySigns) -> None:
         attention, mlp = layer.get_submodule("self_attn"), layer.get_submodule("mlp")
         self._own = layer.forward
-        self._index = int(attention.layer_idx)  # type: ignore[arg-type]  # a module's attribute
-        self._heads = heads
         self._signs = signs
-        self._kernels = kernels
-        self._before_attention, self._before_mlp = (_norm(part, kernels) for part in _norms_of(layer))
-        self._qkv = sites[attention.get_submodule("q_proj")]
-        self._output = sites[attention.get_submodule("o_proj")]
-        self._gate_up = sites[mlp.get_submodule("gate_proj")]
-        self._down = sites[mlp.get_submodule("down_proj")]
+        self.index, self.heads, self.norms = int(cast(Any, attention).layer_idx), heads, _norms_of(layer)
+        self._before_attention, self._before_mlp = (_norm(part) for part in self.norms)
+        self.qkv = sites[attention.get_submodule("q_proj")]
+        self.output = sites[attention.get_submodule("o_proj")]
+        self.gate_up = sites[mlp.get_submodule("gate_proj")]
+        self.down = sites[mlp.get_submodule("down_proj")]
 
     def __call__(self, hidden_states: Tensor, *args: Any, cache: Any = None,
                  position_embeddings: tuple[Tensor, Tensor] | None = None, **options: Any) -> Tensor:  # fmt: skip
@@ -84,42 +80,28 @@ class LeanLayer:
                 hidden_states, *args, cache=cache, position_embeddings=position_embeddings, **options
             )
             return own
-        heads, x_TI = self._heads, hidden_states[0]
+        heads, x_TI = self.heads, hidden_states[0]
         num_tokens = x_TI.shape[0]
+        cos_1TD, sin_1TD = position_embeddings
 
-        qkv_THD = self._qkv.compute(self._before_attention(x_TI)).view(num_tokens, -1, heads.width)
-        keys, values = self._turned(qkv_THD, *position_embeddings, cache)
+        qkv_THD = self.qkv.compute(self._before_attention(x_TI)).view(num_tokens, -1, heads.width)
+        num_turned = heads.num_query + heads.num_key
+        turned_THD = qkv_THD[:, :num_turned]
+        # q cos + rotate_half(q) sin: the halves change places, and the first gets its sign from the sine.
+        swapped_THD = turned_THD.roll(heads.width // 2, -1)
+        turned_THD.mul_(cos_1TD[0, :, None]).addcmul_(swapped_THD, self._signs.of(sin_1TD))
+        keys, values = cache.put(self.index, qkv_THD[:, heads.num_query : num_turned], qkv_THD[:, num_turned:])
         seen_1THD = rows(
             qkv_THD[:, : heads.num_query].transpose(0, 1)[None], keys, values,
             scaling=heads.scaling, window=heads.window, softcap=heads.softcap,
         )  # fmt: skip
-        h_TI = self._output.onto(seen_1THD.reshape(num_tokens, -1), x_TI)
-        return self._down.onto(self._gated(self._gate_up.compute(self._before_mlp(h_TI))), h_TI)[None]
+        h_TI = self.output.onto(seen_1THD.reshape(num_tokens, -1), x_TI)
 
-    def _turned(self, qkv_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """Turn q and k by their positions, in place, and put k and v into the cache; the whole layer's keys and values.
-
-        q cos + rotate_half(q) sin: the halves change places, and the first gets its sign from the sine.
-        """
-        heads = self._heads
-        if self._kernels is not None and cos_1TD.dtype == self._kernels.dtype:
-            self._kernels.turn(qkv_THD, cos_1TD[0], sin_1TD[0], *cache.places(self._index))
-            return cast(tuple[Tensor, Tensor], cache.kept(self._index))
-        num_turned = heads.num_query + heads.num_key
-        turned_THD = qkv_THD[:, :num_turned]
-        swapped_THD = turned_THD.roll(heads.width // 2, -1)
-        turned_THD.mul_(cos_1TD[0, :, None]).addcmul_(swapped_THD, self._signs.of(sin_1TD))
-        put = cache.put(self._index, qkv_THD[:, heads.num_query : num_turned], qkv_THD[:, num_turned:])
-        return cast(tuple[Tensor, Tensor], put)
-
-    def _gated(self, gate_up_T2F: Tensor) -> Tensor:
-        if self._kernels is not None:
-            return self._kernels.gated(gate_up_T2F)
-        gate_TF, up_TF = gate_up_T2F.chunk(2, dim=-1)
-        return functional.silu(gate_TF).mul_(up_TF)
+        gate_TF, up_TF = self.gate_up.compute(self._before_mlp(h_TI)).chunk(2, dim=-1)
+        return self.down.onto(functional.silu(gate_TF).mul_(up_TF), h_TI)[None]
 
 
-def make_lean(model: nn.Module, sites: Iterable[Site], kernels: StepKernels | None = None) -> list[nn.Module]:
+def make_lean(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
     """Give those decoder layers of a model that are of Llama's kind, as a trial shows, this forward; which they are.
 
     Call it while the sites are installed. `vars(layer).pop("forward")` puts a layer back.
@@ -129,7 +111,7 @@ def make_lean(model: nn.Module, sites: Iterable[Site], kernels: StepKernels | No
     for layer in model.modules():
         heads = _heads_of(layer, site_of)
         if heads is not None:
-            vars(layer)["forward"] = LeanLayer(layer, site_of, heads, signs, kernels)
+            vars(layer)["forward"] = LeanLayer(layer, site_of, heads, signs)
             changed.append(layer)
     return changed
 
@@ -138,17 +120,11 @@ def _norms_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")
 
 
-def _norm(module: nn.Module, kernels: StepKernels | None) -> Norm:
-    fused = norms.fused_forward(module)
-    if fused is None:
-        return module.forward
-    if kernels is None:
-        return fused
-    weight_I, eps = cast(Tensor, module.weight), norms.eps_of(module)
-    return lambda x_TI: kernels.rms_norm(x_TI, weight_I, eps)
+def _norm(module: nn.Module) -> Norm:
+    return norms.fused_forward(module) or module.forward
 
 
-def _heads_of(layer: nn.Module, sites: Mapping[nn.Module, Site]) -> _Heads | None:
+def _heads_of(layer: nn.Module, sites: Mapping[nn.Module, Site]) -> Heads | None:
     """How a layer of Llama's kind attends; None for any other."""
     if not _is_built_like_llama(layer, sites):
         return None
@@ -180,7 +156,7 @@ def _is_built_like_llama(layer: nn.Module, sites: Mapping[nn.Module, Site]) -> b
 class _Trial:
     """A cache and an attention that note what a layer gives them, and its output after the same input each time."""
 
-    heads: _Heads
+    heads: Heads
 
     def __init__(self, layer: nn.Module) -> None:
         attention = layer.get_submodule("self_attn")
@@ -228,5 +204,5 @@ class _Trial:
     def __call__(self, query_1HTD: Tensor, _keys: Tensor, _values: Tensor, *, scaling: float | None,
                  window: int | None, softcap: float | None) -> Tensor:  # fmt: skip
         self._noted.append(query_1HTD)
-        self.heads = _Heads(self._num_query, self._num_key, self._width, scaling, window, softcap)
+        self.heads = Heads(self._num_query, self._num_key, self._width, scaling, window, softcap)
         return self._attended_1THD

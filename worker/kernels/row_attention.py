@@ -56,7 +56,7 @@ class RowAttention:
             return varlen.cached_attention(query_1HTD, key_SGLD, value_SGLD, self._ragged(key_SGLD.shape[2]),
                                            scaling=scaling, window=window)  # fmt: skip
         if self.kernels is not None and softcap is None and self.kernels.suit(query_1HTD, key_SGLD, value_SGLD):
-            first_T, count_T = self._made((window, "seen"), lambda: self._seen(window, key_SGLD.shape[2]))
+            first_T, count_T = self.seen(window, key_SGLD.shape[2])
             scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
             return self.kernels.attend(query_1HTD[0].transpose(0, 1), key_SGLD, value_SGLD, first_T, count_T, scale)[
                 None
@@ -111,16 +111,21 @@ class RowAttention:
             runs, rows, ends = torch.split(there, [len(chunks) + 1, len(chunks) + 1, len(chunks)])
             return varlen.Ragged(runs, rows, ends, max(lengths), max(chunk.end for chunk in chunks))
 
-        return self._made("ragged", make)
+        return self.made("ragged", make)
 
-    def _seen(self, window: int | None, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Where among all places what each token sees begins, and how many positions that is, (T,) each."""
-        chunks = [*self.decode, *self.prefill]
-        ends_T = torch.cat([torch.arange(chunk.start + 1, chunk.end + 1) for chunk in chunks])
-        starts_T = torch.zeros_like(ends_T) if window is None else (ends_T - window).clamp_(min=0)
-        lengths = torch.tensor([chunk.num_tokens for chunk in chunks])
-        rows_T = torch.tensor([chunk.slot * num_positions for chunk in chunks]).repeat_interleave(lengths)
-        return rows_T + starts_T, ends_T - starts_T
+    def seen(self, window: int | None, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Where what each token sees begins, among all places of rows of so many positions, and how many it is: (T,)
+        each."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            chunks = [*self.decode, *self.prefill]
+            ends_T = torch.cat([torch.arange(chunk.start + 1, chunk.end + 1) for chunk in chunks])
+            starts_T = torch.zeros_like(ends_T) if window is None else (ends_T - window).clamp_(min=0)
+            lengths = torch.tensor([chunk.num_tokens for chunk in chunks])
+            rows_T = torch.tensor([chunk.slot * num_positions for chunk in chunks]).repeat_interleave(lengths)
+            return rows_T + starts_T, ends_T - starts_T
+
+        return self.made((window, "seen"), make)
 
     @property
     def _num_slots(self) -> int:
@@ -128,7 +133,7 @@ class RowAttention:
 
     @property
     def _slots(self) -> Tensor:
-        return self._made("slots", lambda: torch.tensor([chunk.slot for chunk in self.decode], device=self.device))
+        return self.made("slots", lambda: torch.tensor([chunk.slot for chunk in self.decode], device=self.device))
 
     def _decode_mask(self, window: int | None, longest: int, dtype: torch.dtype) -> Tensor | None:
         """(S, 1, 1, L), 0 where a slot's token may look and -inf elsewhere; None if every one may look everywhere."""
@@ -136,7 +141,7 @@ class RowAttention:
         positions = [starts.get(slot, 0) for slot in range(self._num_slots)]
         if min(positions) + 1 == longest and (window is None or longest <= window):
             return None
-        return self._made(
+        return self.made(
             (window, dtype),
             lambda: _additive(torch.tensor(positions, device=self.device)[:, None, None, None], longest, window, dtype),
         )
@@ -145,14 +150,14 @@ class RowAttention:
         """(1, 1, n, L), for a chunk of its row that ends at L; None if it may look everywhere."""
         if chunk.num_tokens == 1 and (window is None or chunk.end <= window):
             return None
-        return self._made(
+        return self.made(
             (window, dtype, chunk.start, chunk.end),
             lambda: _additive(
                 torch.arange(chunk.start, chunk.end, device=self.device)[None, None, :, None], chunk.end, window, dtype
             ),
         )
 
-    def _made(self, key: object, make: Callable[[], M]) -> M:
+    def made(self, key: object, make: Callable[[], M]) -> M:
         """Made by the first layer that needs it, shared by all."""
         return _once(self._shared, key, make)
 

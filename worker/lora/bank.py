@@ -86,6 +86,7 @@ class AdapterBank:
             number = by_shape[shape]
             layer = len(self._kinds[number].sites)
             self._kinds[number].sites.append(site)
+            site.kind, site.place = number, layer
             site.add_updates = partial(self._add_updates, self._kinds[number], number, layer)
             self._where |= {path: (number, layer, member) for member, path in enumerate(site.paths)}
             site.install()
@@ -166,6 +167,15 @@ class AdapterBank:
             yield
         finally:
             self._route = None
+
+    @property
+    def tables(self) -> Mapping[int, UpdateTable] | None:
+        """All that the adapters of the step inside which this is asked do, by kind of site; None if not all is in
+        tables."""
+        route = self._route
+        if route is None:
+            return {}
+        return None if route.spans or route.num_stacked else route.tables
 
     def route(self, runs: Sequence[Run], *, by_stacks: bool = False) -> Route | None:
         """The route of these runs; kept for the next step, which is the same as long as the same rows decode.

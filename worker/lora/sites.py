@@ -32,9 +32,11 @@ class Site:
         self.sizes = tuple(weight_OI(layer).shape[0] for layer in layers)
         self.in_features = weight_OI(layers[0]).shape[1]
         self.add_updates: AddUpdates | None = None
+        self.kind, self.place = 0, 0
+        """Of which kind it is in a bank, and which among those."""
         self._seen: Tensor | None = None
         self._parts: tuple[Tensor, ...] = ()
-        self._product = product(*_joint(self.layers, self.sizes))
+        self.product = product(*_joint(self.layers, self.sizes))
 
     def install(self) -> None:
         for i, layer in enumerate(self.layers):
@@ -49,14 +51,14 @@ class Site:
 
     def compute(self, x_TI: Tensor) -> Tensor:
         """What all its layers give together, (T, O), with the updates."""
-        y_TO = self._product(x_TI)
+        y_TO = self.product(x_TI)
         if self.add_updates is not None:
             self.add_updates(x_TI, y_TO)
         return y_TO
 
     def onto(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """`compute` added to y, a new tensor."""
-        sum_TO = self._product.onto(x_TI, y_TO)
+        sum_TO = self.product.onto(x_TI, y_TO)
         if self.add_updates is not None:
             self.add_updates(x_TI, sum_TO)
         return sum_TO

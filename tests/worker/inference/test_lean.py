@@ -12,6 +12,7 @@ from tests.worker.inference.test_forward import tiny
 from tests.worker.test_attention import CONFIGS, VOCAB, WINDOW
 from worker import attention
 from worker.base_model import BaseModel
+from worker.inference.compiled import CompiledLayer
 from worker.inference.forward import Piece, RowForward
 from worker.inference.lean import LeanLayer
 
@@ -22,16 +23,16 @@ LENGTHS = (1, 3, 2 * WINDOW, 17)
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-def forward_of(model: Any) -> RowForward:
+def forward_of(model: Any, *, compiles: bool = True) -> RowForward:
     base = BaseModel(
         model=model, tokenizer=None, name="tiny", digest="", context_length=model.config.max_position_embeddings,
         architecture=model.config.model_type, eos_token_ids=frozenset(), device=torch.device("cpu"), dtype=model.dtype,
     )  # fmt: skip
-    return RowForward(base, max_rows=4, cache_bytes=1 << 24)
+    return RowForward(base, max_rows=4, cache_bytes=1 << 24, compiles=compiles)
 
 
 def lean_layers(model: Any) -> list[bool]:
-    return [isinstance(layer.forward, LeanLayer) for layer in model.model.layers]
+    return [isinstance(layer.forward, LeanLayer | CompiledLayer) for layer in model.model.layers]
 
 
 def read_all(forward: RowForward, prompts: Sequence[Sequence[int]]) -> Tensor:

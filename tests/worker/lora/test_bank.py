@@ -15,6 +15,7 @@ from shared.errors import IncompatibleAdapter, StateConflict
 from shared.specs import AdapterShare, LoraSpec
 from worker.kernels.native.step_kernels import step_kernels
 from worker.lora import bank as bank_module
+from worker.lora import update_table
 from worker.lora.bank import AdapterBank
 from worker.lora.bank_route import Shares
 from worker.lora.manager import AdapterManager
@@ -169,6 +170,22 @@ def test_more_ranks_than_the_stacks_hold(
     check(model, bank, adapters, [shares("a"), shares("c"), shares("b"), shares("d"), mix, (), shares("c")])
     monkeypatch.setattr(bank_module, "MOST_COLUMNS", 0)
     check(model, bank, adapters, [shares("a"), shares("c")])
+
+
+def test_what_the_kernel_has_no_room_for(
+    model: Any, bank: AdapterBank, adapters: dict[str, LoadedAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large ranks and long runs are computed by themselves, also beside what the kernel takes, and in a mix with it."""
+    monkeypatch.setattr(update_table, "MOST_RANK", 4)
+    monkeypatch.setattr(bank_module, "TABULATED", 12)
+    mix = (AdapterShare(version_id="b", weight=0.5), AdapterShare(version_id="c", weight=0.5))
+    check(
+        model,
+        bank,
+        adapters,
+        [shares("a"), shares("c"), (), mix],
+        [(3, shares("b")), (4, shares("b")), (9, shares("a"))],
+    )
 
 
 def test_stacks_that_are_full_are_not_laid_out_again(

@@ -1,27 +1,16 @@
 /* softmax(scale q k^T) v of each token, over `count` positions of the cache from `first` on. */
 
-#include "step.h"
+#include "parts.h"
 
 #define MOST_WIDTH 256  /* D */
 #define MOST_QUERIES 32 /* H / G */
 #define KEYS_AT_ONCE 64
 #define KEYS_AHEAD 32   /* fetched before they are needed; measured */
 
-struct attention {
-    const element *x; /* the H query heads of a token follow each other */
-    index_t stride;
-    const element *keys, *values;
-    const index_t *first, *count;
-    element *y; /* (T, H, D) */
-    index_t queries, groups, width;
-    float scale;
-};
-
 /* scores[h] = q[h] k^T for LANES keys, of which the first n are there; the next ones and these ones' values are fetched
    meanwhile, since no processor guesses where they are. */
-INLINE void score(const element *q, index_t heads, index_t width,
-                                                        const element *keys, const element *values, index_t stride,
-                                                        index_t n, floats *scores)
+INLINE void score(const element *q, index_t heads, index_t width, const element *keys, const element *values,
+                  index_t stride, index_t n, floats *scores)
 {
     floats products[MOST_QUERIES][LANES];
     for (index_t j = 0; j < n; j++) {
@@ -118,7 +107,7 @@ INLINE void attend_one(const struct attention *a, index_t unit, index_t width)
             y[h * width + i] = narrow(((float *)sums)[h * width + i] / total[h]);
 }
 
-static void attention_part(const void *given, index_t begin, index_t end)
+void attention_part(const void *given, index_t begin, index_t end)
 {
     const struct attention *a = given;
     for (index_t unit = begin; unit < end; unit++) {
@@ -132,9 +121,10 @@ static void attention_part(const void *given, index_t begin, index_t end)
 }
 
 void attend(const element *x, index_t x_stride, const element *keys, const element *values, const index_t *first,
-                 const index_t *count, element *y, index_t tokens, index_t queries, index_t groups, index_t width,
-                 float scale, int threads)
+            const index_t *count, element *y, index_t tokens, index_t queries, index_t groups, index_t width,
+            float scale, int threads)
 {
     struct attention a = {x, x_stride, keys, values, first, count, y, queries, groups, width, scale};
-    share(attention_part, &a, tokens * groups, 1, threads);
+    struct phase phase = {attention_part, &a, tokens * groups, 1, 0, 0};
+    run(&phase, 1, threads);
 }

@@ -1,19 +1,12 @@
 /* What is done to each token by itself: norms, gates, and turning queries and keys by their positions. */
 
-#include "step.h"
+#include "parts.h"
 
 float exponent_bounds[2] = {-87.0f, 88.0f};
 
 /* ---- y = w x / rms(x) ---- */
 
-struct norm {
-    const element *x, *weight;
-    element *y;
-    index_t width;
-    float eps;
-};
-
-static void norm_part(const void *given, index_t begin, index_t end)
+void norm_part(const void *given, index_t begin, index_t end)
 {
     const struct norm *a = given;
     for (index_t t = begin; t < end; t++) {
@@ -30,22 +23,9 @@ static void norm_part(const void *given, index_t begin, index_t end)
     }
 }
 
-void rms_norm(const element *x, const element *weight, element *y, index_t tokens, index_t width, float eps,
-              int threads)
-{
-    struct norm a = {x, weight, y, width, eps};
-    share(norm_part, &a, tokens, 4, threads_for(tokens * width, threads));
-}
-
 /* ---- y = silu(gate) up, of x = [gate | up] ---- */
 
-struct gate {
-    const element *x;
-    element *y;
-    index_t width;
-};
-
-static void gate_part(const void *given, index_t begin, index_t end)
+void gate_part(const void *given, index_t begin, index_t end)
 {
     const struct gate *a = given;
     const float least = exponent_bounds[0], most = exponent_bounds[1];
@@ -60,23 +40,9 @@ static void gate_part(const void *given, index_t begin, index_t end)
     }
 }
 
-void gated(const element *x, element *y, index_t tokens, index_t width, int threads)
-{
-    struct gate a = {x, y, width};
-    share(gate_part, &a, tokens, 4, threads_for(tokens * width, threads));
-}
-
 /* ---- q and k of x = [q | k | v] turned in place by their positions, k and v written to the cache ---- */
 
-struct turn {
-    element *x;
-    const element *cos, *sin;
-    element *keys, *values;
-    const index_t *where;
-    index_t queries, groups, width;
-};
-
-static void turn_part(const void *given, index_t begin, index_t end)
+void turn_part(const void *given, index_t begin, index_t end)
 {
     const struct turn *a = given;
     index_t half = a->width / 2, kept = a->groups * a->width;
@@ -98,9 +64,3 @@ static void turn_part(const void *given, index_t begin, index_t end)
     }
 }
 
-void turn(element *x, const element *cos, const element *sin, element *keys, element *values, const index_t *where,
-          index_t tokens, index_t queries, index_t groups, index_t width, int threads)
-{
-    struct turn a = {x, cos, sin, keys, values, where, queries, groups, width};
-    share(turn_part, &a, tokens, 4, threads_for(tokens * (queries + groups) * width, threads));
-}

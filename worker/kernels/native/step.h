@@ -1,4 +1,4 @@
-/* What the kernels of a generation step share: the type of element, vectors of them, e^x and threads.
+/* What the kernels of a generation step have in common: the type of element, vectors of them, e^x and threads.
 
    Elements are bfloat16 with -DBFLOAT16, else float. All sums are formed in float and rounded once. A token's result
    never depends on the tokens beside it.
@@ -142,8 +142,13 @@ INLINE float exponential(float x, float least, float most)
 
 typedef void (*part_t)(const void *what, index_t begin, index_t end);
 
-/* Do parts of `grain` of what there is `count` of, on up to so many of torch's own threads. */
-void share(part_t part, const void *what, index_t count, index_t grain, int threads);
+/* `count` pieces of work, taken `grain` at a time by whichever thread is free. `next` and `done` begin at 0. */
+struct phase {
+    part_t part;
+    const void *what;
+    index_t count, grain;
+    index_t next, done;
+};
 
-/* Few elements are done before a second thread has woken up. */
-INLINE int threads_for(index_t elements, int threads) { return elements < 16384 ? 1 : threads; }
+/* Do phases one after the other, each when all of the one before is done, on up to so many of torch's own threads. */
+void run(struct phase *phases, int num_phases, int threads);

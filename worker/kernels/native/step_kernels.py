@@ -1,7 +1,7 @@
 """The compiled kernels as functions of tensors, and the trial that they pass before they are used."""
 
-# Shapes: T tokens, I in features, O out features, H query heads, G key-value heads, D head width,
-# N places of a layer's cache, F the MLP's width.
+# Shapes: T tokens, I in features, O out features, H query heads, G key-value heads, D head width, S rows of the cache,
+# L positions of a row, N = S L places of a layer's cache.
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ from worker.lora.update_table import UpdateTable
 log = logging.getLogger("lorad.inference")
 
 LANES: Final = 16
-"""Widths are whole numbers of vectors of so many elements."""
+"""Widths of heads are whole numbers of vectors of so many elements."""
 BLOCK: Final = 32
 """Out features that a product computes together."""
 MOST_WIDTH: Final = 256
@@ -28,12 +28,10 @@ MOST_QUERIES: Final = 32
 
 _POINTER, _SIZE, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: Final = {
-    "rms_norm": [_POINTER] * 3 + [_SIZE] * 2 + [_FLOAT, _INT],
-    "gated": [_POINTER] * 2 + [_SIZE] * 2 + [_INT],
-    "turn": [_POINTER] * 6 + [_SIZE] * 4 + [_INT],
     "attend": [_POINTER, _SIZE] + [_POINTER] * 5 + [_SIZE] * 4 + [_FLOAT, _INT],
-    "product": [_POINTER] * 5 + [_SIZE] * 3 + [_INT],
     "add_updates": [_POINTER] * 3 + [_SIZE] + [_POINTER] * 2 + [_SIZE] * 3 + [_INT],
+    "product": [_POINTER] * 5 + [_SIZE] * 3 + [_INT],
+    "layer": [_POINTER] * 6 + [_SIZE] * 2,
 }
 
 
@@ -77,54 +75,20 @@ class StepKernels:
             getattr(functions, name).argtypes = arguments
             getattr(functions, name).restype = None
         functions.start(ctypes.cast(parallel, _POINTER))
-        self._rms_norm, self._gated, self._turn = functions.rms_norm, functions.gated, functions.turn
         self._attend, self._add_updates = functions.attend, functions.add_updates
         self._product = functions.product
-        self.has_product = bool(functions.has_product())
-        """True if `product` is there: bfloat16, on a processor that multiplies it."""
+        self.layer = functions.layer
+        """See `layer.c`, and `DecoderLayer`, which calls it."""
 
-    def rms_norm(self, x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
-        """w x / sqrt(mean(x^2) + eps)."""
-        self._check(x_TI, weight_I)
-        y_TI = torch.empty_like(x_TI)
-        num_tokens, width = x_TI.shape
-        self._rms_norm(
-            x_TI.data_ptr(), weight_I.data_ptr(), y_TI.data_ptr(), num_tokens, width, eps, torch.get_num_threads()
-        )
-        return y_TI
-
-    def gated(self, gate_up_T2F: Tensor) -> Tensor:
-        """silu(gate) up (T, F), of both side by side."""
-        self._check(gate_up_T2F)
-        num_tokens, width = gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2
-        y_TF = gate_up_T2F.new_empty(num_tokens, width)
-        self._gated(gate_up_T2F.data_ptr(), y_TF.data_ptr(), num_tokens, width, torch.get_num_threads())
-        return y_TF
-
-    def turn(self, qkv_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, keys_NGD: Tensor, values_NGD: Tensor,
-             where_T: Tensor) -> None:  # fmt: skip
-        """q cos + rotate_half(q) sin of the query heads, which come first, and of the key heads after them, in place;
-        keys and values, which come last, are written to their places of the cache too."""
-        self._check(qkv_THD, cos_TD, sin_TD, keys_NGD, values_NGD)
-        num_tokens, num_heads, width = qkv_THD.shape
-        groups = keys_NGD.shape[1]
-        assert where_T.dtype == torch.int64
-        assert len(where_T) == num_tokens
-        assert keys_NGD.shape == values_NGD.shape
-        assert cos_TD.shape == sin_TD.shape == (num_tokens, width)
-        self._turn(
-            qkv_THD.data_ptr(), cos_TD.data_ptr(), sin_TD.data_ptr(), keys_NGD.data_ptr(), values_NGD.data_ptr(),
-            where_T.data_ptr(), num_tokens, num_heads - 2 * groups, groups, width, torch.get_num_threads(),
-        )  # fmt: skip
+    def attends(self, num_queries: int, num_groups: int, width: int) -> bool:
+        """True if `attend` takes heads like these."""
+        return width % LANES == 0 and width <= MOST_WIDTH and num_queries <= MOST_QUERIES * num_groups
 
     def suit(self, query_1HTD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor) -> bool:
-        """True if `attend` takes heads like these, as they lie."""
-        num_queries, width = query_1HTD.shape[1], query_1HTD.shape[3]
-        groups = keys_SGLD.shape[1]
+        """True if `attend` takes these, as they lie."""
+        width = query_1HTD.shape[3]
         return (
-            width % LANES == 0
-            and width <= MOST_WIDTH
-            and num_queries <= MOST_QUERIES * groups
+            self.attends(query_1HTD.shape[1], keys_SGLD.shape[1], width)
             and query_1HTD.stride(1) == width
             and query_1HTD.stride(3) == 1
             and values_SGLD.shape[3] == width
@@ -132,7 +96,7 @@ class StepKernels:
         )
 
     def attend(self, query_THD: Tensor, keys_SGLD: Tensor, values_SGLD: Tensor, first_T: Tensor, count_T: Tensor,
-                    scaling: float) -> Tensor:  # fmt: skip
+               scaling: float) -> Tensor:  # fmt: skip
         """softmax(scaling q k^T) v (T, H, D) of each token, over `count` places of the cache from `first` on.
 
         The heads of a token's query follow each other. Keys and values are views of (N, G, D), N = S L.
@@ -161,10 +125,17 @@ class StepKernels:
     def can_pack(self, weight_OI: Tensor) -> bool:
         """True if `product` takes this weight."""
         out_features, in_features = weight_OI.shape
-        return self.has_product and weight_OI.dtype == self.dtype and out_features % BLOCK == 0 and in_features % 2 == 0
+        return weight_OI.dtype == self.dtype and out_features % BLOCK == 0 and in_features % 2 == 0
+
+    def pack(self, weight_OI: Tensor) -> Tensor:
+        """W in the order in which `product` reads it: (O / 32, I / 2, 32, 2) in bfloat16, else (O / 32, I, 32)."""
+        out_features, in_features = weight_OI.shape
+        together = 2 if self.dtype == torch.bfloat16 else 1
+        blocks = weight_OI.reshape(out_features // BLOCK, BLOCK, in_features // together, together)
+        return blocks.transpose(1, 2).contiguous()
 
     def product(self, x_TI: Tensor, packed: Tensor, bias_O: Tensor | None, onto_TO: Tensor | None) -> Tensor:
-        """x W^T + b (T, O), added to `onto` if that is given. `packed` is W as `pack_weight` lays it out."""
+        """x W^T + b (T, O), added to `onto` if that is given. `packed` is W as `pack` lays it out."""
         self._check(x_TI, packed, *(x for x in (bias_O, onto_TO) if x is not None))
         num_tokens, in_features = x_TI.shape
         out_features = packed.numel() // in_features
@@ -185,20 +156,15 @@ class StepKernels:
             assert tensor.is_contiguous()
 
 
-def pack_weight(weight_OI: Tensor) -> Tensor:
-    """W in the order in which `product` reads it, (O / 32, I / 2, 32, 2)."""
-    out_features, in_features = weight_OI.shape
-    return weight_OI.view(out_features // BLOCK, BLOCK, in_features // 2, 2).transpose(1, 2).contiguous()
-
-
 def _parallel() -> Any:
     """GOMP_parallel of the OpenMP library that torch has loaded; None where there is none to be found."""
     try:
         mapped = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    paths = [line.split(maxsplit=5)[-1] for line in mapped if "omp" in line.rpartition("/")[2]]
-    for path in dict.fromkeys(paths):
+    paths = {line.split(maxsplit=5)[-1] for line in mapped if "omp" in line.rpartition("/")[2]}
+    own = str(Path(torch.__file__).parent)  # other packages may have brought another one
+    for path in sorted(paths, key=lambda path: (not path.startswith(own), path)):
         found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
         if found is not None:
             return found

@@ -4,7 +4,7 @@
 
 from torch import Tensor
 
-from worker.kernels.native.step_kernels import StepKernels, pack_weight
+from worker.kernels.native.step_kernels import StepKernels
 from worker.kernels.packed_linear import PackedProduct
 from worker.lora.product import MakeProduct, Product
 
@@ -16,9 +16,15 @@ class StreamedProduct:
     """
 
     def __init__(self, kernels: StepKernels, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        self._packed = pack_weight(weight_OI)
-        self._bias_O = bias_O
+        self.out_features, self.in_features = weight_OI.shape
+        self._packed = kernels.pack(weight_OI)
+        self._bias_O = None if bias_O is None else bias_O.contiguous()
         self._compute = kernels.product
+
+    @property
+    def pointers(self) -> tuple[int, int | None]:
+        """Where the packed weight and the bias lie."""
+        return self._packed.data_ptr(), None if self._bias_O is None else self._bias_O.data_ptr()
 
     def __call__(self, x_TI: Tensor, /) -> Tensor:
         return self._compute(x_TI.contiguous(), self._packed, self._bias_O, None)

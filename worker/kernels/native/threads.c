@@ -1,7 +1,11 @@
 /* Shares work out over the team of threads that torch has: it waits for work already, and another one would be in its
    way. */
 
+#include <sched.h>
+
 #include "step.h"
+
+#define SPINS 4000 /* until a thread that waits for another lets the system run something else */
 
 typedef void (*parallel_t)(void (*)(void *), void *, unsigned, unsigned);
 
@@ -9,30 +13,43 @@ static parallel_t parallel; /* GOMP_parallel of the OpenMP library that torch ha
 
 void start(parallel_t function) { parallel = function; }
 
-struct work {
-    part_t part;
-    const void *what;
-    index_t count, grain;
-    index_t next;
+struct team {
+    struct phase *phases;
+    int num_phases;
 };
 
-static void take_parts(void *given)
+INLINE void wait_for(const struct phase *phase)
 {
-    struct work *work = given;
-    for (;;) {
-        index_t begin = __atomic_fetch_add(&work->next, work->grain, __ATOMIC_RELAXED);
-        if (begin >= work->count)
-            return;
-        index_t end = begin + work->grain;
-        work->part(work->what, begin, end < work->count ? end : work->count);
+    for (int spins = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < phase->count; spins++) {
+#ifdef __x86_64__
+        __builtin_ia32_pause();
+#endif
+        if (spins >= SPINS)
+            sched_yield();
     }
 }
 
-void share(part_t part, const void *what, index_t count, index_t grain, int threads)
+static void take_parts(void *given)
 {
-    struct work work = {part, what, count, grain, 0};
-    if (threads < 2 || count <= grain || !parallel)
-        part(what, 0, count);
+    const struct team *team = given;
+    for (struct phase *phase = team->phases; phase < team->phases + team->num_phases; phase++) {
+        for (;;) {
+            index_t begin = __atomic_fetch_add(&phase->next, phase->grain, __ATOMIC_RELAXED);
+            if (begin >= phase->count)
+                break;
+            index_t left = phase->count - begin, n = left < phase->grain ? left : phase->grain;
+            phase->part(phase->what, begin, begin + n);
+            __atomic_fetch_add(&phase->done, n, __ATOMIC_RELEASE);
+        }
+        wait_for(phase);
+    }
+}
+
+void run(struct phase *phases, int num_phases, int threads)
+{
+    struct team team = {phases, num_phases};
+    if (threads > 1 && parallel)
+        parallel(take_parts, &team, (unsigned)threads, 0);
     else
-        parallel(take_parts, &work, (unsigned)threads, 0);
+        take_parts(&team);
 }

@@ -1,40 +1,15 @@
 /* y += weight (x A^T) B of each token's own adapters, in place. */
 
-#include "step.h"
+#include "parts.h"
 
-#define MOST_RANK 256      /* r */
+#define MOST_RANK 256       /* r */
 #define MOST_FEATURES 16384 /* I */
 #define TOKENS_AT_ONCE 4
 #define COLUMN_VECTORS 4
 
-struct piece {
-    index_t token, tokens;         /* up to TOKENS_AT_ONCE that follow each other */
-    index_t share, shares;         /* which go through these */
-};
-
-struct share_of {
-    const element *a;              /* (N layers, members r, I) */
-    index_t rank, member, members; /* which of the site's linear layers it changes */
-    double weight;
-};
-
-struct member {
-    const element *b;              /* (N layers, r, O) */
-    index_t column, size;          /* where in y its O features are */
-};
-
-struct update {
-    const element *x;
-    element *y;
-    const struct piece *pieces;
-    const struct share_of *shares;
-    const struct member *members;
-    index_t layer, in_features, stride;
-};
-
 /* low = x A^T for `tokens` tokens at once: each element of A is then widened once for all of them. */
-INLINE void down(const floats *x, index_t width, const element *a, index_t rank,
-                                                       index_t tokens, float low[][MOST_RANK])
+INLINE void down(const floats *x, index_t width, const element *a, index_t rank, index_t tokens,
+                 float low[][MOST_RANK])
 {
     index_t vectors = width / LANES;
     for (index_t r = 0; r < rank; r += LANES / TOKENS_AT_ONCE) {
@@ -68,9 +43,8 @@ INLINE void down(const floats *x, index_t width, const element *a, index_t rank,
 }
 
 /* y += weight low B for `vectors` vectors of columns. */
-INLINE void up_columns(
-    float low[][MOST_RANK], const element *b, index_t rank, index_t size, index_t tokens, index_t vectors,
-    float weight, element *y, index_t stride)
+INLINE void up_columns(float low[][MOST_RANK], const element *b, index_t rank, index_t size, index_t tokens,
+                       index_t vectors, float weight, element *y, index_t stride)
 {
     floats sums[TOKENS_AT_ONCE * COLUMN_VECTORS];
     for (index_t i = 0; i < tokens * vectors; i++)
@@ -90,9 +64,8 @@ INLINE void up_columns(
         }
 }
 
-INLINE void up(float low[][MOST_RANK], const element *b, index_t rank,
-                                                     index_t size, index_t tokens, float weight, element *y,
-                                                     index_t stride)
+INLINE void up(float low[][MOST_RANK], const element *b, index_t rank, index_t size, index_t tokens, float weight,
+               element *y, index_t stride)
 {
     index_t at = 0;
     for (; at + COLUMN_VECTORS * LANES <= size; at += COLUMN_VECTORS * LANES)
@@ -101,8 +74,7 @@ INLINE void up(float low[][MOST_RANK], const element *b, index_t rank,
         up_columns(low, b + at, rank, size, tokens, 1, weight, y + at, stride);
 }
 
-INLINE void add_shares(const struct update *a, const struct piece *piece,
-                                                             index_t tokens)
+INLINE void add_shares(const struct update *a, const struct piece *piece, index_t tokens)
 {
     float low[TOKENS_AT_ONCE][MOST_RANK];
     floats x[TOKENS_AT_ONCE * MOST_FEATURES / LANES];
@@ -120,7 +92,7 @@ INLINE void add_shares(const struct update *a, const struct piece *piece,
     }
 }
 
-static void update_part(const void *given, index_t begin, index_t end)
+void update_part(const void *given, index_t begin, index_t end)
 {
     const struct update *a = given;
     for (index_t i = begin; i < end; i++) {
@@ -139,5 +111,6 @@ void add_updates(const element *x, element *y, const struct piece *pieces, index
                  index_t stride, int threads)
 {
     struct update a = {x, y, pieces, shares, members, layer, in_features, stride};
-    share(update_part, &a, num_pieces, 1, threads);
+    struct phase phase = {update_part, &a, num_pieces, 1, 0, 0};
+    run(&phase, 1, threads);
 }
