@@ -77,7 +77,7 @@ def resume(tx: Tx, tenant: str, job_id: str) -> Job:
 
 
 def _one_at_a_time(tx: Tx, tenant: str) -> None:
-    """A tenant's submissions count what is queued, so they go one at a time, as SQLite's write transactions do anyway."""
+    """A tenant's submissions count what is queued: they go one at a time, as SQLite's write transactions do anyway."""
     if tx.get_bind().dialect.name == "postgresql":
         bound_waiting(tx)
         tx.execute(select(func.pg_advisory_xact_lock(SUBMIT_LOCK, func.hashtext(tenant))))
