@@ -140,8 +140,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers ships no types
     def begin(self, parts: Sequence[tuple[int, int, int]]) -> None:
         """The next forward writes (row, first position, number of tokens) of each part, in order, as one stream."""
         self.announce(parts)
-        where = [torch.arange(start, start + num_tokens) + row * self._room[1] for row, start, num_tokens in parts]
-        where_T, device = torch.cat(where), next(iter(self._kinds.values())).device
+        # Lists, since an operation for each part costs more than all of this.
+        first = [(row * self._room[1] + start, num_tokens) for row, start, num_tokens in parts]
+        where_T = torch.tensor([place for start, num_tokens in first for place in range(start, start + num_tokens)])
+        device = next(iter(self._kinds.values())).device
         self.write_to(where_T.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else where_T)
 
     def announce(self, parts: Sequence[tuple[int, int, int]]) -> None:

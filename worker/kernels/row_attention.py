@@ -118,12 +118,16 @@ class RowAttention:
         each."""
 
         def make() -> tuple[Tensor, Tensor]:
-            chunks = [*self.decode, *self.prefill]
-            ends_T = torch.cat([torch.arange(chunk.start + 1, chunk.end + 1) for chunk in chunks])
-            starts_T = torch.zeros_like(ends_T) if window is None else (ends_T - window).clamp_(min=0)
-            lengths = torch.tensor([chunk.num_tokens for chunk in chunks])
-            rows_T = torch.tensor([chunk.slot * num_positions for chunk in chunks]).repeat_interleave(lengths)
-            return rows_T + starts_T, ends_T - starts_T
+            # Lists, since an operation for each chunk costs more than all of this.
+            ends = [
+                (chunk.slot * num_positions, end)
+                for chunk in (*self.decode, *self.prefill)
+                for end in range(chunk.start + 1, chunk.end + 1)
+            ]
+            starts = [0 if window is None else max(0, end - window) for _, end in ends]
+            first = [row + start for (row, _), start in zip(ends, starts, strict=True)]
+            count = [end - start for (_, end), start in zip(ends, starts, strict=True)]
+            return torch.tensor(first), torch.tensor(count)
 
         return self.made((window, "seen"), make)
 
