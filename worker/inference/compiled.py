@@ -43,17 +43,22 @@ class CompiledLayer:
         x_TI, tables = hidden_states[0], self._bank.tables
         keys_NGD, values_NGD, where_T = cache.places(self._lean.index)
 
-        def begin() -> LayerStep:
-            cos_1TD, sin_1TD = position_embeddings
-            return LayerStep(x_TI, cos_1TD[0], sin_1TD[0], where_T, self._compiled.sizes, self._by_site(tables or {}))
+        cos_1TD, sin_1TD = position_embeddings
 
-        step = rows.made((_STEP, self._compiled.sizes, self._kinds), begin)
+        def begin() -> tuple[LayerStep, Tensor]:
+            by_site = self._by_site(tables or {})
+            return LayerStep(x_TI, cos_1TD[0], sin_1TD[0], where_T, self._compiled.sizes, by_site), cos_1TD
+
+        # Layers may be turned by different angles. The tensor is kept, so that no other one gets its id.
+        step, _ = rows.made((_STEP, self._compiled.sizes, self._kinds, id(cos_1TD)), begin)
         first_T, count_T = rows.seen(self._lean.heads.window, cache.room[1])
         updates = None if tables is not None else self._updates
         return self._compiled(step, x_TI, keys_NGD, values_NGD, first_T, count_T, updates)[None]
 
     def _takes(self, position_embeddings: tuple[Tensor, Tensor]) -> bool:
-        return all(part.dtype == self._dtype for part in position_embeddings)
+        """True for what it would read: a layer may turn a part of each head only."""
+        width = self._lean.heads.width
+        return all(part.dtype == self._dtype and part.shape[-1] == width for part in position_embeddings)
 
     def _by_site(self, tables: Mapping[int, UpdateTable]) -> dict[str, UpdateTable]:
         return {name: tables[site.kind] for name, site in self._sites.items() if site.kind in tables}

@@ -66,6 +66,22 @@ def test_sizes_that_the_kernels_do_not_take_are_left_to_torch(changed: dict[str,
     assert compiled_layers(model) == [False, False]
 
 
+def test_angles_of_a_layer_s_own_are_its_own() -> None:
+    """A step is shared by layers that are turned alike, no others."""
+    models = [tiny("llama", attention.NAME) for _ in range(2)]
+    forwards = [forward_of(model, compiles=compiles) for model, compiles in zip(models, (True, False), strict=True)]
+    for model in models:
+        second, own = model.model.layers[1], model.model.layers[1].forward
+
+        def turned(*args: Any, position_embeddings: Any, own: Any = own, **options: Any) -> Any:
+            cos, sin = position_embeddings
+            return own(*args, position_embeddings=(sin.contiguous(), cos.contiguous()), **options)
+
+        vars(second)["forward"] = turned
+
+    torch.testing.assert_close(*(steps(one, model) for one, model in zip(forwards, models, strict=True)), **CLOSE)
+
+
 def test_adapters_that_are_not_for_the_kernel_stop_the_layer_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long runs have products of their own between the layer's sites: the logits are the same."""
     models = [tiny("llama", attention.NAME) for _ in range(2)]

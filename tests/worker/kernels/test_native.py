@@ -278,6 +278,19 @@ def test_updates_leave_other_tokens_bit_for_bit(kernels: StepKernels) -> None:
         torch.testing.assert_close(y_TO[token].float(), before[token].float() + added, atol=0.1, rtol=0.02)
 
 
+def test_an_input_may_be_a_view(kernels: StepKernels) -> None:
+    """A part of a wider tensor, as some models give their layers."""
+    part = Part((0,), 3, drawn(1, 3, 32, dtype=kernels.dtype), (drawn(1, 3, 16, dtype=kernels.dtype),))
+    table = UpdateTable.of([(0, 4, ((part, 1.0),))], (16,))
+    wide_TI, y_TO = drawn(4, 64, dtype=kernels.dtype), drawn(4, 16, dtype=kernels.dtype)
+    also_TO = y_TO.clone()
+
+    kernels.add_updates(table, 0, wide_TI[:, 16:48], y_TO)
+    kernels.add_updates(table, 0, wide_TI[:, 16:48].contiguous(), also_TO)
+
+    assert torch.equal(y_TO, also_TO)
+
+
 def test_weights_of_any_shape_have_a_product(kernels: StepKernels) -> None:
     """A vocabulary that is no whole number of blocks is oneDNN's."""
     make = packed_by(kernels)

@@ -14,7 +14,7 @@ _COMPILE_S: Final = 60.0
 _COMPILERS: Final = ("cc", "gcc", "clang")
 _FLAGS: Final = (
     "-std=c11", "-O3", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno",
-    "-fno-trapping-math", "-Wno-psabi",
+    "-fno-trapping-math", "-Wno-psabi", "-Wl,-Bsymbolic",
 )  # fmt: skip
 _FOR_THIS_PROCESSOR: Final = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ("-mcpu=native",))
 """The first of these sets that the compiler knows is taken."""

@@ -74,7 +74,9 @@ class LayerStep:
         assert sin_TD.is_contiguous()
         assert cos_TD.dtype == sin_TD.dtype == x_TI.dtype
         assert where_T.dtype == torch.int64
-        assert len(cos_TD) == len(sin_TD) == len(where_T) == num_tokens
+        assert cos_TD.shape == sin_TD.shape
+        assert len(cos_TD) == len(where_T) == num_tokens
+        assert all(table.num_tokens <= num_tokens for table in tables.values())
         formed = (self.normed, self.heads, self.seen, self.middle, self.gates, self.gated)
         self._kept = (cos_TD, sin_TD, where_T, tables)
         self.tokens = num_tokens

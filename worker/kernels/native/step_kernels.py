@@ -115,6 +115,7 @@ class StepKernels:
 
     def add_updates(self, table: UpdateTable, layer: int, x_TI: Tensor, y_TO: Tensor) -> None:
         """y += w (x A^T) B of each token's own adapters at that layer, in place; other tokens stay as they are."""
+        x_TI = x_TI.contiguous()
         self._check(x_TI, y_TO)
         assert table.num_tokens <= x_TI.shape[0] == y_TO.shape[0]
         self._add_updates(
@@ -165,7 +166,10 @@ def _parallel() -> Any:
     paths = {line.split(maxsplit=5)[-1] for line in mapped if "omp" in line.rpartition("/")[2]}
     own = str(Path(torch.__file__).parent)  # other packages may have brought another one
     for path in sorted(paths, key=lambda path: (not path.startswith(own), path)):
-        found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        try:
+            found = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+        except OSError:
+            continue  # no library, whatever its name says
         if found is not None:
             return found
     return None
