@@ -293,7 +293,8 @@ def test_more_unfinished_bodies_than_threads_hold_up_nobody_for_long(server: Ser
         bodies = [stack.enter_context(server.connect()) for _ in range(2 * THREADS)]
         for connection in bodies:
             connection.sendall(head("Content-Length: 1000") + b"{")
-        time.sleep(0.5)  # until threads have taken them up
+        # One has been given up, so threads have taken them up: those with a seat still wait.
+        assert select.select(bodies, [], [], SERVED_S)[0]
         served = healthy(server)
         with ThreadPoolExecutor(len(bodies)) as pool:
             told = list(pool.map(rest_of, bodies))

@@ -3,7 +3,6 @@
 # Shapes: T tokens of a step, I hidden features.
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, Final, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from worker.attention import current_rows
 from worker.inference.lean import LeanLayer
 from worker.kernels import norms
-from worker.kernels.native.decoder_layer import SITES, AddUpdates, DecoderLayer, LayerStep, Linears, Norm
+from worker.kernels.native.decoder_layer import SITES, DecoderLayer, LayerStep, Linears, Norm
 from worker.kernels.native.step_kernels import StepKernels
 from worker.kernels.native.streamed_product import StreamedProduct
 from worker.kernels.row_attention import RowAttention
@@ -31,7 +30,8 @@ class CompiledLayer:
         self._lean, self._compiled, self._bank, self._dtype = lean, compiled, bank, dtype
         self._sites = dict(zip(SITES, _sites_of(lean), strict=True))
         self._kinds = tuple(site.kind for site in self._sites.values())
-        self._updates: dict[str, AddUpdates] = {name: partial(_add, site) for name, site in self._sites.items()}
+        self._updates = {name: site.add_updates for name, site in self._sites.items() if site.add_updates is not None}
+        assert len(self._updates) == len(SITES), "the bank comes first"
 
     def __call__(self, hidden_states: Tensor, *args: Any, cache: Any = None,
                  position_embeddings: tuple[Tensor, Tensor] | None = None, **options: Any) -> Tensor:  # fmt: skip
@@ -93,8 +93,3 @@ def _compiled(lean: LeanLayer, kernels: StepKernels) -> DecoderLayer | None:
 
 def _sites_of(lean: LeanLayer) -> tuple[Site, ...]:
     return lean.qkv, lean.output, lean.gate_up, lean.down
-
-
-def _add(site: Site, x_TI: Tensor, y_TO: Tensor) -> None:
-    if site.add_updates is not None:
-        site.add_updates(x_TI, y_TO)

@@ -58,9 +58,8 @@ class RowAttention:
         if self.kernels is not None and softcap is None and self.kernels.suit(query_1HTD, key_SGLD, value_SGLD):
             first_T, count_T = self.seen(window, key_SGLD.shape[2])
             scale = query_1HTD.shape[-1] ** -0.5 if scaling is None else scaling
-            return self.kernels.attend(query_1HTD[0].transpose(0, 1), key_SGLD, value_SGLD, first_T, count_T, scale)[
-                None
-            ]
+            query_THD = query_1HTD[0].transpose(0, 1)
+            return self.kernels.attend(query_THD, key_SGLD, value_SGLD, first_T, count_T, scale)[None]
         parts = []
         if self.decode:
             parts.append(self._decoded(query_1HTD, key_SGLD, value_SGLD, scaling, window, softcap))

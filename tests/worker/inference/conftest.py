@@ -12,10 +12,10 @@ import torch
 from tokenizers import decoders
 
 from shared.specs import AdapterShare, Chunk, ChunkError, GenerationRequest, LoraSpec, Usage
+from tests.worker.compiled_kernels import kernels_or_skip
 from worker.base_model import BaseModel
 from worker.inference.engine import InferenceEngine
 from worker.inference.stream import ChunkStream
-from worker.kernels.native.step_kernels import step_kernels
 from worker.lora.manager import AdapterManager
 
 WAIT_S = 60
@@ -33,8 +33,8 @@ def computed_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """A step that compiled kernels compute, and one that torch computes alone."""
     if request.param == "torch":
         monkeypatch.setattr("worker.inference.forward.step_kernels", lambda _: None)
-    elif step_kernels(torch.float32) is None:
-        pytest.skip("needs a C compiler")
+    else:
+        kernels_or_skip()
     return str(request.param)
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from shared.specs import AdapterShare
+from tests.worker.compiled_kernels import kernels_or_skip
 from tests.worker.inference.test_forward import tiny
 from tests.worker.inference.test_lean import LEAN, forward_of
 from tests.worker.lora.test_bank import made
 from worker import attention
 from worker.inference.compiled import CompiledLayer
 from worker.inference.forward import Piece, RowForward
-from worker.kernels.native.step_kernels import step_kernels
+from worker.kernels.native.step_kernels import StepKernels
 from worker.lora import bank as bank_module
 
 # Float32 sums in another order; the logits are of order 1 to 10.
@@ -22,9 +23,8 @@ PROMPTS = ([3, 5, 7, 9, 11, 13, 15], [4, 6, 8], [2] * 20)
 
 
 @pytest.fixture(autouse=True)
-def needs_a_compiler() -> None:
-    if step_kernels(torch.float32) is None:
-        pytest.skip("needs a C compiler")
+def kernels() -> StepKernels:
+    return kernels_or_skip()
 
 
 def compiled_layers(model: Any) -> list[bool]:
@@ -82,15 +82,15 @@ def test_angles_of_a_layer_s_own_are_its_own() -> None:
     torch.testing.assert_close(*(steps(one, model) for one, model in zip(forwards, models, strict=True)), **CLOSE)
 
 
-def test_adapters_that_are_not_for_the_kernel_stop_the_layer_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_that_are_not_for_the_kernel_stop_the_layer_four_times(
+    kernels: StepKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Long runs have products of their own between the layer's sites: the logits are the same."""
     models = [tiny("llama", attention.NAME) for _ in range(2)]
     at_once = steps(forward_of(models[0]), models[0])
     monkeypatch.setattr(bank_module, "TABULATED", 0)
     calls = []
     forward = forward_of(models[1])
-    kernels = step_kernels(torch.float32)
-    assert kernels is not None
     right = kernels.layer
     monkeypatch.setattr(kernels, "layer", lambda *args: (calls.append(args[-2:]), right(*args)))
 

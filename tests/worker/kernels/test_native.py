@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.worker.compiled_kernels import kernels_or_skip
 from worker.kernels.native import step_kernels as module
 from worker.kernels.native.compiler import compile_kernels
 from worker.kernels.native.decoder_layer import SITES, DecoderLayer, LayerStep, Linears, Norm
@@ -31,10 +32,7 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 @pytest.fixture(params=DTYPES, ids=str)
 def kernels(request: pytest.FixtureRequest) -> StepKernels:
-    found = step_kernels(request.param)
-    if found is None:
-        pytest.skip("needs a C compiler")
-    return found
+    return kernels_or_skip(request.param)
 
 
 def attended(kernels: StepKernels, q_THD: Tensor, keys_SLGD: Tensor, values_SLGD: Tensor, first_T: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shared.errors import IncompatibleAdapter, StateConflict
 from shared.specs import AdapterShare, LoraSpec
-from worker.kernels.native.step_kernels import step_kernels
+from tests.worker.compiled_kernels import kernels_or_skip
 from worker.lora import bank as bank_module
 from worker.lora import update_table
 from worker.lora.bank import AdapterBank
@@ -108,10 +108,7 @@ def bank(request: pytest.FixtureRequest, model: Any, adapters: dict[str, LoadedA
     """One that computes with torch's products, and one with a compiled kernel."""
     if request.param == "stacks":
         return bank_with(model, adapters)
-    kernels = step_kernels(torch.float32)
-    if kernels is None:
-        pytest.skip("needs a C compiler")
-    return bank_with(model, adapters, kernels.add_updates)
+    return bank_with(model, adapters, kernels_or_skip().add_updates)
 
 
 def test_every_token_goes_through_its_own_adapter(

@@ -11,7 +11,7 @@ from shared.errors import LoradError
 _SOURCES: Final = sorted(Path(__file__).parent.glob("*.c"))
 _COMPILE_S: Final = 60.0
 """No compiler takes longer that is worth waiting for; it usually takes two seconds."""
-_COMPILERS: Final = ("cc", "gcc", "clang")
+COMPILERS: Final = ("cc", "gcc", "clang")
 _FLAGS: Final = (
     "-std=c11", "-O3", "-shared", "-fPIC", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno",
     "-fno-trapping-math", "-Wno-psabi", "-Wl,-Bsymbolic",
@@ -34,9 +34,9 @@ def compile_kernels(
     The compiler is the first of cc, gcc and clang in the path. Nothing is kept from one process to the next:
     compiling takes about two seconds, and code that lies about would have to be guarded, and told apart by processor.
     """
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
-        raise CannotCompile(f"there is no C compiler in the path: none of {', '.join(_COMPILERS)}")
+        raise CannotCompile(f"there is no C compiler in the path: none of {', '.join(COMPILERS)}")
     library = directory / "kernels.so"
     options = [*_FLAGS, *(["-DBFLOAT16"] if bfloat16 else []), *map(str, _SOURCES), "-o", str(library)]
     said = ""

@@ -3,7 +3,7 @@
 # Shapes: T tokens, I hidden features, F the MLP's width, H query heads, G key-value heads, D head width, N places.
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from worker.kernels.native.step_kernels import StepKernels
 from worker.kernels.native.streamed_product import StreamedProduct
+from worker.lora.sites import AddUpdates
 from worker.lora.update_table import UpdateTable
 
-AddUpdates = Callable[[Tensor, Tensor], None]
 SITES = ("qkv", "output", "gate_up", "down")
 """The layer's linear layers, in order: those that are given the same input together."""
 

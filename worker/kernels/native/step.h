@@ -72,7 +72,7 @@ INLINE floats wide_vector(const element *x)
 #define PICK(one, other, ...) __builtin_shuffle(one, other, (lanes){__VA_ARGS__})
 #endif
 
-/* The sums of pairs: lanes that lie `width` apart in both vectors, those of the first vector first. */
+/* The sums of pairs of lanes that lie 8, 4, 2 or 1 apart in both vectors, those of the first vector first. */
 INLINE floats pairs_8_apart(floats one, floats other)
 {
     return PICK(one, other, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
